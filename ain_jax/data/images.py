@@ -1,0 +1,174 @@
+"""Picture -> patches, grid, and the number of placeholder tokens it takes; equal to Qwen2-VL's processor bit for bit."""
+
+import io
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ain_jax.data.positions import Grid, feature_count
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How pictures become patches; kept with a model as its `preprocessor_config.json`."""
+
+    patch_size: int = 14  # pixels
+    merge_size: int = 2  # merge_size x merge_size patches make one feature, that is one token
+    temporal_patch_size: int = 2  # a still picture is repeated so often
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __post_init__(self):
+        block = (self.patch_size * self.merge_size) ** 2
+        if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < block:
+            raise ValueError(
+                f"ImageSettings: min_pixels={self.min_pixels} and max_pixels={self.max_pixels}; expected "
+                f"0 < min_pixels <= max_pixels, and max_pixels at least one merged feature of {block} pixels"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(f"ImageSettings: mean={self.mean} and std={self.std} need one value per colour")
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a merged feature's side; both sides of a resized picture are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one flattened patch."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+
+def smart_resize(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
+    """(height, width), multiples of the factor, near the given shape and with min_pixels <= area <= max_pixels.
+
+    factor 28, at most 1,003,520 pixels:  100 x 300 -> 112 x 308;  3000 x 4000 -> 840 x 1148
+    """
+    factor = settings.factor
+    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+        raise ValueError(f"a picture of {width} x {height} pixels; one side may be at most 200 times the other")
+    new_height, new_width = (round(side / factor) * factor for side in (height, width))
+    if new_height * new_width > settings.max_pixels:
+        shrink = math.sqrt(height * width / settings.max_pixels)
+        new_height, new_width = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif new_height * new_width < settings.min_pixels:
+        grow = math.sqrt(settings.min_pixels / (height * width))
+        new_height, new_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return new_height, new_width
+
+
+def image_grid(width: int, height: int, settings: ImageSettings) -> Grid:
+    """(1, patch rows, patch columns) of a picture of this size, without decoding it."""
+    new_height, new_width = smart_resize(height, width, settings)
+    return 1, new_height // settings.patch_size, new_width // settings.patch_size
+
+
+def placeholder_tokens(width: int, height: int, settings: ImageSettings) -> int:
+    """How many image tokens a picture of this size takes: 56 x 56 pixels give 4 with patches of 14 merged 2 x 2."""
+    return feature_count(image_grid(width, height, settings), settings.merge_size)
+
+
+def open_image(image: Image.Image | bytes) -> Image.Image:
+    """The picture; an encoded one is opened, not yet decoded, so that its size costs little."""
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        return Image.open(io.BytesIO(image))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(
+            f"{len(image)} bytes beginning with {image[:8]!r} are no picture that Pillow reads; expected PNG or JPEG: {error}"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in three colours, transparent parts on white, as transformers 5 does it.
+
+    transformers 4.51 drops the transparency instead and shows what lies under it: for the same pixels everywhere, hand on
+    pictures without transparency.
+    """
+    try:
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"a broken picture of {image.size[0]} x {image.size[1]} pixels: {error}") from error
+
+
+def preprocess(image: Image.Image | bytes, settings: ImageSettings) -> tuple[np.ndarray, Grid]:
+    """(patches_PC float32, grid): resized, normalised, cut into patches in merge-block order.
+
+    C holds colour, frame, row, column, the slowest first; the frames of a still picture are equal.
+    """
+    picture = to_rgb(open_image(image))
+    height, width = smart_resize(picture.height, picture.width, settings)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    p, m = settings.patch_size, settings.merge_size
+    rows, columns = height // p, width // p
+    blocks = np.asarray(picture).reshape(rows // m, m, p, columns // m, m, p, 3)
+    # block row, block column, row in block, column in block, colour, pixel row, pixel column
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, 1, p, p)
+    table = _normalised(settings.mean, settings.std)
+    patches = np.stack([table[colour][blocks[:, colour]] for colour in range(3)], axis=1)
+    patches = np.broadcast_to(patches, (rows * columns, 3, settings.temporal_patch_size, p, p))
+    return patches.reshape(rows * columns, settings.patch_values), (1, rows, columns)
+
+
+@lru_cache
+def _normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """The value of each byte in each colour, rounded where the published processor rounds."""
+    unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    means, stds = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
+    return (unit[None] - means) / stds
+
+
+def preprocessor_config(settings: ImageSettings) -> dict[str, Any]:
+    """`preprocessor_config.json`. transformers 4.51 reads min_pixels and max_pixels, later ones also `size`."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": int(Image.Resampling.BICUBIC),
+        "rescale_factor": 1 / 255,
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+        "patch_size": settings.patch_size,
+        "merge_size": settings.merge_size,
+        "temporal_patch_size": settings.temporal_patch_size,
+        "min_pixels": settings.min_pixels,
+        "max_pixels": settings.max_pixels,
+        "size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
+    }
+
+
+def image_settings(config: dict[str, Any]) -> ImageSettings:
+    """The settings that a `preprocessor_config.json` describes."""
+    size = config.get("size") or {}
+    kind = config.get("image_processor_type", "Qwen2VLImageProcessor")
+    if not kind.startswith("Qwen2VLImageProcessor"):
+        raise ValueError(f"preprocessor_config.json: image_processor_type={kind!r}; expected 'Qwen2VLImageProcessor'")
+    default = ImageSettings()
+    return ImageSettings(
+        patch_size=config.get("patch_size", default.patch_size),
+        merge_size=config.get("merge_size", default.merge_size),
+        temporal_patch_size=config.get("temporal_patch_size", default.temporal_patch_size),
+        min_pixels=config.get("min_pixels") or size.get("shortest_edge", default.min_pixels),
+        max_pixels=config.get("max_pixels") or size.get("longest_edge", default.max_pixels),
+        mean=tuple(config.get("image_mean", default.mean)),
+        std=tuple(config.get("image_std", default.std)),
+    )

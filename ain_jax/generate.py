@@ -1,0 +1,250 @@
+"""Decoding with a key/value cache: batches of uneven prompts of text and pictures.
+
+    python -m ain_jax.generate --model FOLDER --image page.png "اقرأ النص"
+
+The layers are those of training. They ask an `attend` function what to attend to (`models/text.py`): a prompt is read with
+packed attention that also hands back each layer's keys and values; each new token then attends to these and writes its own.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ain_jax.data.images import ImageSettings, image_settings, preprocess
+from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions
+from ain_jax.models.attention import attention
+from ain_jax.models.config import ModelConfig
+from ain_jax.models.multimodal import MultimodalModel
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, each picture's placeholders repeated as often as it has features, and the pictures' patches in order."""
+
+    tokens_L: Any
+    patches_PC: np.ndarray | None = None
+    grids: tuple[Grid, ...] = ()
+
+
+def prompt_with_images(tokens_L: Sequence[int], images: Iterable[Any], settings: ImageSettings) -> Prompt:
+    """The prompt of ids that already hold each picture's placeholders, with the pictures (PIL or encoded) cut to patches."""
+    cut = [preprocess(image, settings) for image in images]
+    if not cut:
+        return Prompt(np.asarray(tokens_L))
+    return Prompt(np.asarray(tokens_L), np.concatenate([patches for patches, _ in cut]), tuple(grid for _, grid in cut))
+
+
+def generate(
+    params: dict[str, Any],
+    config: ModelConfig,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    *,
+    rows: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: Any = jnp.float32,
+) -> list[list[int]]:
+    """The new ids of each prompt, in the order of the prompts and without the stop id that ended them.
+
+    Greedy at temperature 0, else drawn; what a prompt draws depends on `seed` and on its place, not on its neighbours.
+    Prompts of like length run together, `rows` at a time, in arrays of a few sizes, so that few shapes are compiled: lengths
+    are powers of two, and patches are the power of two that holds every prompt's.
+    """
+    _check(prompts, config, max_new_tokens)
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    patches = _bucket(max(0 if prompt.patches_PC is None else len(prompt.patches_PC) for prompt in prompts))
+    shapes = [(_bucket(len(prompt.tokens_L)), 0 if prompt.patches_PC is None else patches) for prompt in prompts]
+    B = min(rows, 1 << (len(prompts) - 1).bit_length())
+    stop_Z = jnp.asarray(list(stop_ids) or [-1], jnp.int32)
+    run = _compiled(config, max_new_tokens, temperature > 0, jnp.dtype(dtype).name)
+    waiting: list[tuple[list[int], Any]] = []
+    for shape in sorted(set(shapes)):
+        members = [i for i in range(len(prompts)) if shapes[i] == shape]
+        for start in range(0, len(members), B):
+            chosen = members[start : start + B]
+            arrays = rows_of([prompts[i] for i in chosen], config, B, *shape)
+            place_B = np.array(chosen + [0] * (B - len(chosen)), np.int32)
+            waiting.append((chosen, run(params, arrays, place_B, stop_Z, jnp.float32(temperature), jax.random.key(seed))))
+    results: list[list[int]] = [[] for _ in prompts]
+    for chosen, (new_BT, count_B) in waiting:  # fetched after all are dispatched: the device does not wait for the host
+        new_BT, count_B = np.asarray(new_BT), np.asarray(count_B)
+        for row, i in enumerate(chosen):
+            results[i] = new_BT[row, : count_B[row]].tolist()
+    return results
+
+
+@lru_cache(maxsize=32)
+def _compiled(config: ModelConfig, max_new_tokens: int, sampled: bool, dtype: str):
+    return jax.jit(partial(_decode, config, max_new_tokens, sampled, dtype))
+
+
+def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arrays, place_B, stop_Z, temperature, key):
+    """(new_BT, count_B): the ids of each row, and how many of them come before its stop id."""
+    model = MultimodalModel(config, jnp.dtype(dtype))
+    apply = partial(model.apply, {"params": params})
+    segments_BL, length_B, next_position_B = (arrays.pop(name) for name in ("segments_BL", "length_B", "next_position_B"))
+    positions_3BL = arrays.pop("positions_3BL")
+    B, L = segments_BL.shape
+    T = max_new_tokens
+    keys_B = jax.vmap(partial(jax.random.fold_in, key))(place_B)
+
+    def read(q_BLNH, k_BLKH, v_BLKH, _):
+        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, causal=True), (k_BLKH, v_BLKH)
+
+    def choose(hidden_BD, step):
+        logits_BV = apply(hidden_BD, method="logits")
+        if not sampled:
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        step_keys_B = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys_B)
+        return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV / temperature).astype(jnp.int32)
+
+    def stops(token_B):
+        return jnp.any(token_B[:, None] == stop_Z[None, :], axis=1)
+
+    hidden_BLD, cache = apply(apply(**arrays, method="embed"), positions_3BL, read, method="decode")
+    hidden_BD = jnp.take_along_axis(hidden_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+    # Slots 0 .. L-1 hold the prompt (shorter prompts leave some unused), slot L + t the t-th new token.
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T), (0, 0), (0, 0))), cache)
+    prompt_BS = jnp.pad(segments_BL, ((0, 0), (0, T)))
+    slots_S = jnp.arange(L + T, dtype=jnp.int32)
+    one_B1 = jnp.ones((B, 1), jnp.int32)
+
+    def write(cache_BSKH, new_B1KH, slot):
+        return jax.lax.dynamic_update_slice_in_dim(cache_BSKH, new_B1KH, slot, axis=1)
+
+    def more(state):
+        step, _, _, _, done_B, _ = state
+        return (step < T) & ~jnp.all(done_B)
+
+    def one(state):
+        step, token_B, new_BT, count_B, done_B, cache = state
+        new_BT = jax.lax.dynamic_update_slice_in_dim(new_BT, token_B[:, None], step, axis=1)
+        count_B = jnp.where(done_B, count_B, step + 1)
+        slot = L + step
+        key_segments_BS = jnp.where(((slots_S >= L) & (slots_S <= slot))[None], 1, prompt_BS)
+
+        def attend(q_B1NH, k_B1KH, v_B1KH, memory):
+            k_BSKH, v_BSKH = (write(old, new, slot) for old, new in zip(memory, (k_B1KH, v_B1KH), strict=True))
+            return attention(q_B1NH, k_BSKH, v_BSKH, one_B1, key_segments_BS, causal=False), (k_B1KH, v_B1KH)
+
+        position_3B1 = jnp.broadcast_to((next_position_B + step)[None, :, None], (3, B, 1))
+        x_B1D = apply(token_B[:, None], method="embed")
+        hidden_B1D, new = apply(x_B1D, position_3B1, attend, cache, method="decode")
+        # One write for all layers, in place: the scan over the layers reads the cache and hands back one slot of each.
+        cache = jax.tree.map(lambda old, slice_: jax.lax.dynamic_update_slice_in_dim(old, slice_, slot, axis=2), cache, new)
+        token_B = choose(hidden_B1D[:, 0], step + 1)
+        return step + 1, token_B, new_BT, count_B, done_B | stops(token_B), cache
+
+    token_B = choose(hidden_BD, jnp.int32(0))
+    start = (jnp.int32(0), token_B, jnp.zeros((B, T), jnp.int32), jnp.zeros(B, jnp.int32), stops(token_B), cache)
+    _, _, new_BT, count_B, _, _ = jax.lax.while_loop(more, one, start)
+    return new_BT, count_B
+
+
+def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: int) -> dict[str, np.ndarray]:
+    """The prompts side by side, each at the left of its row; rows left over hold one token that nobody reads."""
+    arrays = {
+        "tokens_BL": np.zeros((B, L), np.int32),
+        "segments_BL": np.zeros((B, L), np.int32),
+        "positions_3BL": np.zeros((3, B, L), np.int32),
+        "length_B": np.ones(B, np.int32),
+        "next_position_B": np.zeros(B, np.int32),
+    }
+    if P:
+        assert config.vision is not None
+        arrays |= {
+            "feature_index_BL": np.full((B, L), -1, np.int32),
+            "patches_BPC": np.zeros((B, P, config.vision.patch_values), np.float32),
+            "patch_positions_BP2": np.zeros((B, P, 2), np.int32),
+            "patch_segments_BP": np.zeros((B, P), np.int32),
+        }
+    merge = config.vision.merge_size if config.vision else 1
+    for row, prompt in enumerate(prompts):
+        tokens_L = np.asarray(prompt.tokens_L, np.int32)
+        positions_3L = mrope_positions(tokens_L, prompt.grids, config.image_token_id, merge)
+        length = len(tokens_L)
+        arrays["tokens_BL"][row, :length] = tokens_L
+        arrays["segments_BL"][row, :length] = 1
+        arrays["positions_3BL"][:, row, :length] = positions_3L
+        arrays["length_B"][row] = length
+        arrays["next_position_B"][row] = positions_3L.max() + 1
+        if prompt.grids:
+            is_image_L = tokens_L == config.image_token_id
+            patches = np.asarray(prompt.patches_PC)
+            grid_positions = np.concatenate([patch_positions(grid, merge) for grid in prompt.grids])
+            counts = [int(np.prod(grid)) for grid in prompt.grids]
+            arrays["feature_index_BL"][row, :length][is_image_L] = np.arange(is_image_L.sum())
+            arrays["patches_BPC"][row, : len(patches)] = patches
+            arrays["patch_positions_BP2"][row, : len(patches)] = grid_positions
+            arrays["patch_segments_BP"][row, : len(patches)] = np.repeat(np.arange(len(counts)) + 1, counts)
+    return arrays
+
+
+def _bucket(count: int) -> int:
+    """The array length that holds so many: 32, 64, 128 ... A new length is a new compilation, which costs seconds."""
+    return max(32, 1 << (count - 1).bit_length())
+
+
+def _check(prompts: Sequence[Prompt], config: ModelConfig, max_new_tokens: int) -> None:
+    faults = []
+    for i, prompt in enumerate(prompts):
+        tokens_L = np.asarray(prompt.tokens_L)
+        if tokens_L.ndim != 1 or not len(tokens_L):
+            faults.append(f"prompt {i} has shape {tokens_L.shape}; expected at least one id")
+            continue
+        if len(tokens_L) + max_new_tokens > config.text.max_positions:
+            faults.append(
+                f"prompt {i} of {len(tokens_L)} tokens and {max_new_tokens} new ones exceed the model's "
+                f"{config.text.max_positions} positions"
+            )
+        if tokens_L.min() < 0 or tokens_L.max() >= config.text.vocabulary:
+            faults.append(f"prompt {i} holds ids outside 0 to {config.text.vocabulary - 1}")
+        given = 0 if prompt.patches_PC is None else len(prompt.patches_PC)
+        expected = sum(int(np.prod(grid)) for grid in prompt.grids)
+        if given != expected or (given and config.vision is None):
+            faults.append(f"prompt {i} has {given} patches, but its grids {prompt.grids} have {expected}")
+    if faults:
+        raise ValueError("generate: " + "; ".join(faults))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the model's answer to a question, perhaps about pictures."""
+    from ain_jax.tokenizer.chat import encode_prompt, load_tokenizer
+    from ain_jax.weights.load import load_folder, read_json
+
+    parser = argparse.ArgumentParser(prog="python -m ain_jax.generate", description=main.__doc__)
+    parser.add_argument("text", help="what the user says")
+    parser.add_argument("--model", required=True, type=Path, help="a folder as ain_jax or transformers saves it")
+    parser.add_argument("--image", action="append", default=[], type=Path, help="a picture; may be given several times")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    try:
+        params, config = load_folder(given.model)
+        tokenizer = load_tokenizer(given.model)
+        settings = image_settings(read_json(given.model / "preprocessor_config.json"))
+        prompt = prompt_with_images([], [path.read_bytes() for path in given.image], settings)
+        counts = [feature_count(grid, settings.merge_size) for grid in prompt.grids]
+        message = {"role": "user", "content": "<image>" * len(counts) + given.text}
+        prompt = Prompt(encode_prompt(tokenizer, [message], counts), prompt.patches_PC, prompt.grids)
+        stop = [] if config.eos_token_id is None else [config.eos_token_id]
+        sampling = {"temperature": given.temperature, "seed": given.seed}
+        (new,) = generate(params, config, [prompt], given.max_new_tokens, stop, **sampling)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+    print(tokenizer.decode(new, skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The whole forward: token embeddings, image features in their places, the decoder, the head.
+
+    model = MultimodalModel(config)
+    hidden_BLD = model.apply({"params": params}, tokens_BL, segments_BL, positions_3BL, ...)
+    logits_TV = model.apply({"params": params}, hidden_TD, method="logits")
+
+The parameters are one plain nested dict: `model/embed_tokens`, `model/layers` (stacked on axis 0), `model/norm`,
+`visual/patch_embed`, `visual/blocks` (stacked), `visual/merger` and, where the head is not tied, `lm_head`. A path is the
+published name without the number of the layer.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ain_jax.models.attention import attention
+from ain_jax.models.config import ModelConfig
+from ain_jax.models.layers import Embedding
+from ain_jax.models.text import Attend, Decoder
+from ain_jax.models.vision import VisionTower
+
+
+class MultimodalModel(nn.Module):
+    """Hidden states of packed rows (`hidden`, or calling it) and their logits (`logits`)."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32  # of activations and matrix products; sums and softmax stay in float32
+    remat: str = "none"  # a name in layers.REMAT
+    longest_image: int | None = None  # no picture has more patches than this: quicker attention; NaN where it is broken
+
+    def setup(self):
+        c = self.config
+        self.model = Decoder(c.text, self.dtype, self.remat)
+        if c.vision:
+            self.visual = VisionTower(c.vision, c.text.width, self.dtype, self.remat, self.longest_image)
+        if not c.text.tied:
+            self.lm_head = Embedding(c.text.vocabulary, c.text.width, stddev=c.text.width**-0.5, dtype=self.dtype)
+
+    def __call__(self, *batch, **fields):
+        return self.hidden(*batch, **fields)
+
+    def hidden(
+        self,
+        tokens_BL,
+        segments_BL,
+        positions_3BL,
+        feature_index_BL=None,
+        patches_BPC=None,
+        patch_positions_BP2=None,
+        patch_segments_BP=None,
+    ):
+        """hidden_BLD after the last norm; conversations packed into one row do not see each other."""
+        x_BLD = self.embed(tokens_BL, feature_index_BL, patches_BPC, patch_positions_BP2, patch_segments_BP)
+        return self.decode(x_BLD, positions_3BL, packed(segments_BL))[0]
+
+    def embed(
+        self,
+        tokens_BL,
+        feature_index_BL=None,
+        patches_BPC=None,
+        patch_positions_BP2=None,
+        patch_segments_BP=None,
+    ):
+        """x_BLD: each token's row of the embedding, or the image feature that `feature_index_BL` (>= 0) names."""
+        x_BLD = self.model.embed(tokens_BL)
+        if patches_BPC is None:
+            return x_BLD
+        if not self.config.vision:
+            raise ValueError("patches were given to a model without an image encoder; use a config with vision")
+        features_BMD = self.visual(patches_BPC, patch_positions_BP2, patch_segments_BP)
+        chosen_BLD = jnp.take_along_axis(features_BMD, jnp.maximum(feature_index_BL, 0)[:, :, None], axis=1)
+        return jnp.where(feature_index_BL[:, :, None] >= 0, chosen_BLD, x_BLD)
+
+    def decode(self, x_BLD, positions_3BL, attend: Attend, memory=None):
+        """(hidden_BLD, memory) with what `attend` keeps of every layer; see `generate.py`."""
+        return self.model(x_BLD, positions_3BL, attend, memory)
+
+    def logits(self, hidden):
+        """Logits in float32, of any leading axes: give the hidden states of learnt positions alone to save work."""
+        head = self.model.embed_tokens if self.config.text.tied else self.lm_head
+        return head.scores(hidden).astype(jnp.float32)
+
+    def declare(self, *batch):
+        """Touches every parameter once; for `init`."""
+        return self.logits(self.hidden(*batch))
+
+
+def packed(segments_BL) -> Attend:
+    """What training attends with: the row itself, causally, each segment alone, nothing remembered."""
+    attend = partial(attention, segments_BL=segments_BL, causal=True)
+    return lambda q_BLNH, k_BLKH, v_BLKH, memory: (attend(q_BLNH, k_BLKH, v_BLKH), memory)
+
+
+def init_params(config: ModelConfig, key) -> dict[str, Any]:
+    """Fresh parameters, float32, as one plain nested dict."""
+    return nn.meta.unbox(jax.jit(partial(_declare, config))(key))
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters, as the same tree of `jax.ShapeDtypeStruct`."""
+    return nn.meta.unbox(jax.eval_shape(partial(_declare, config), jax.random.key(0)))
+
+
+def axis_names(config: ModelConfig) -> dict[str, Any]:
+    """Names of the axes of every parameter, as the same tree of tuples: ("layers", "embed", "heads", "head") ..."""
+    boxed = jax.eval_shape(partial(_declare, config), jax.random.key(0))
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers the declared shapes hold; a tied head counts once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def _declare(config: ModelConfig, key):
+    none_BL = jnp.zeros((1, 1), jnp.int32)
+    batch: list[Any] = [none_BL, none_BL, jnp.zeros((3, 1, 1), jnp.int32)]
+    if config.vision:
+        P = config.vision.merge_size**2
+        patches = jnp.zeros((1, P, config.vision.patch_values), jnp.float32)
+        batch += [none_BL, patches, jnp.zeros((1, P, 2), jnp.int32), jnp.zeros((1, P), jnp.int32)]
+    return MultimodalModel(config).init(key, *batch, method="declare")["params"]

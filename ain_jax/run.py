@@ -1,0 +1,183 @@
+"""An experiment from its file to its last stage: what is finished is kept, what was interrupted goes on.
+
+Each stage owns a folder of the run. `config.gin` in it says what the stage was begun with, `result.json` that it is
+finished and with which numbers; both are written beside and renamed.
+"""
+
+import argparse
+import fcntl
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ain_jax.experiment import (
+    ExperimentError,
+    Resolved,
+    find_experiment,
+    nearest,
+    parse_override,
+    read_bindings,
+    resolve,
+)
+
+# Settings that leave every number as it is: they may change between a run and its resumption.
+NEUTRAL = ("Trainer.save_seconds", "Trainer.keep", "Evaluation.shown", "Model.remat", "Experiment.description")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers",
+            "transformers", "sentencepiece", "numpy")
+
+
+def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
+    """What was asked for on the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp", required=True, help="an experiment: a name in experiments/, or the path of a .gin file")
+    parser.add_argument("--run_dir", type=Path, help="where everything is written (default: runs/NAME)")
+    parser.add_argument("--stage", help="run this one stage")
+    parser.add_argument("--set", action="append", default=[], metavar="BINDING", dest="overrides",
+                        help="override a binding, for example --set 'pretrain/Trainer.steps=20'; may be repeated")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved experiment and stop")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, description: str = "Run an experiment on this machine.",
+         experiments: Path = Path("experiments")) -> int:
+    """The exit status: 0 done, 1 stopped by a fault that is told, 130 interrupted."""
+    asked = arguments(argv, description)
+    try:
+        path = find_experiment(asked.exp, experiments)
+        from ain_jax import stages  # imports jax: a mistyped name is told before that
+
+        bindings = read_bindings(path)
+        overrides = [parse_override(text) for text in asked.overrides]
+        resolved = resolve(bindings, stages.SETTINGS, overrides)
+        if asked.stage and asked.stage not in resolved.experiment.stages:
+            known = resolved.experiment.stages
+            raise ExperimentError(f"--stage {asked.stage!r}: {resolved.experiment.name} has no such stage: "
+                                  f"{nearest(asked.stage, known)}")
+        if asked.dry_run:
+            print(resolved.text(), end="")
+            return 0
+        root = asked.run_dir or Path("runs") / resolved.experiment.name
+        with _alone(root):
+            return run(resolved, root, asked.stage)
+    except KeyboardInterrupt as stop:
+        detail = f" ({stop})" if str(stop) else ""
+        print(f"\ninterrupted{detail}; the same command goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError, OSError) as fault:
+        print(f"\nain_jax: {fault}", file=sys.stderr)
+        return 1
+
+
+def run(resolved: Resolved, root: Path, only: str | None = None) -> int:
+    """Run the stages in order, or one of them; write the summary and the report when all are finished."""
+    from ain_jax import report, stages
+
+    order = resolved.experiment.stages
+    _check_folder(resolved, root)
+    _write_text(root / "config.gin", resolved.text())
+    for stage in [only] if only else order:
+        here = root / stage
+        if (here / "result.json").is_file():
+            print(f"{stage:16} finished before", file=sys.stderr)
+            continue
+        missing = [s for s in order[: order.index(stage)] if not (root / s / "result.json").is_file()]
+        if missing:
+            raise ValueError(f"stage {stage!r} comes after {', '.join(missing)}, not finished in {root}: run "
+                             f"--stage {missing[0]} first, or leave --stage out to run them all")
+        _write_text(here / "config.gin", "\n".join(_lines(resolved, stage)) + "\n")
+        began = time.monotonic()
+        numbers = stages.RUN[stage](stages.StageRun(resolved, root, stage))
+        seconds = time.monotonic() - began
+        _write_text(here / "result.json", _json({"numbers": numbers, "seconds": round(seconds, 1)}))
+        report.print_stage(stage, numbers, seconds)
+    if all((root / s / "result.json").is_file() for s in order):
+        summary = summarise(resolved, root)
+        _write_text(root / "summary.json", _json(summary))
+        report.print_table(summary)
+        page = report.write(summary, root, resolved)
+        print(f"\nsummary  {root / 'summary.json'}\nreport   {page}")
+        if (root / "export").is_dir():
+            print(f"model    {root / 'export'}")
+    return 0
+
+
+def summarise(resolved: Resolved, root: Path) -> dict[str, Any]:
+    """Every number of the run; two runs with one seed on one machine differ in `times` alone."""
+    import jax
+
+    results = {s: json.loads((root / s / "result.json").read_text("utf-8")) for s in resolved.experiment.stages}
+    speeds = {s: _speed(root / s / "metrics.jsonl") for s in results}
+    return {
+        "experiment": resolved.experiment.name,
+        "seed": resolved.experiment.seed,
+        "stages": {stage: result["numbers"] for stage, result in results.items()},
+        "machine": {
+            "platform": platform.platform(), "python": platform.python_version(),
+            "devices": [str(d.device_kind) for d in jax.devices()], "processes": jax.process_count(),
+        },
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "times": {
+            "seconds": {stage: result["seconds"] for stage, result in results.items()},
+            "tokens_per_second": {stage: speed for stage, speed in speeds.items() if speed},
+        },
+    }
+
+
+def _speed(path: Path) -> int | None:
+    from ain_jax.train import metrics
+
+    lines = metrics.read(path)
+    return lines[-1]["tokens_per_second"] if lines else None
+
+
+def _lines(resolved: Resolved, stage: str) -> list[str]:
+    """The settings of a stage that its numbers depend on, one a line, without the comments."""
+    keep = (f"{stage}/", "Experiment.seed")
+    lines = [line.partition("  # ")[0] for line in resolved.text().splitlines() if line.startswith(keep)]
+    return [line for line in lines if not any(name in line.partition(" = ")[0] for name in NEUTRAL)]
+
+
+def _check_folder(resolved: Resolved, root: Path) -> None:
+    """Refuse to mix two experiments in one folder: what was begun otherwise would be reported as this one."""
+    for stage in resolved.experiment.stages:
+        stored = root / stage / "config.gin"
+        if not stored.is_file():
+            continue
+        before = stored.read_text("utf-8").splitlines()
+        now = _lines(resolved, stage)
+        if before != now:
+            was, will = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+            raise ValueError(
+                f"{root / stage} was begun with\n  " + "\n  ".join(was or ["(nothing)"]) + "\nand this run has\n  "
+                + "\n  ".join(will or ["(nothing)"]) + "\nNothing was changed. Give another --run_dir, or delete "
+                f"{root / stage} and the folders of the stages after it to run them anew"
+            )
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Hold the run's folder: two processes in it would overwrite one another's checkpoints."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{root} is in use by another process; wait for it, or give another --run_dir") from None
+        yield
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,269 @@
+"""What the stages share: the run's folders and settings, its data, its model, and how a stage trains."""
+
+import dataclasses
+import functools
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from ain_jax import sample, sharding
+from ain_jax.data import formats, loader, pack_plan
+from ain_jax.data.examples import Examples, tokenise, tokenizer_fingerprint
+from ain_jax.data.builders import sample as sample_builder
+from ain_jax.data.builders.sample_records import KINDS, SampleParams
+from ain_jax.data.images import ImageSettings
+from ain_jax.data.mixture import Mixture
+from ain_jax.data.packing import Packing
+from ain_jax.experiment import Resolved, nearest
+from ain_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
+from ain_jax.tokenizer import chat
+from ain_jax.tokenizer.extend import padded_vocab
+from ain_jax.train import checkpoint, metrics, optimizer, state, step
+from ain_jax.train.loop import Trainer, train
+from ain_jax.train.losses import Loss
+from ain_jax.train.optimizer import Optimizer
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The sizes of the decoder and its image encoder; ids and the number of rows come from the tokenizer."""
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    tied: bool = True
+    rope_theta: float = 10_000.0
+    mrope_section: tuple[int, int, int] | None = None  # None: half the frequencies for time, a quarter for each side
+    max_positions: int = 4096
+    vocabulary_multiple: int = 64  # rows of the embedding are padded to a multiple
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} is no multiple of heads = {self.heads}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The weights that a stage begins with: those of an earlier stage's last step, or random ones ("")."""
+
+    stage: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRun:
+    """One stage of one run: where it writes and what it was told."""
+
+    resolved: Resolved
+    root: Path
+    stage: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.stage
+
+    def get(self, cls: type[T]) -> T:
+        """The settings of this stage of one class."""
+        return self.resolved.stage(self.stage)[cls.__name__]
+
+    def of(self, stage: str) -> "StageRun":
+        """Another stage of the same run, to read its settings or what it wrote."""
+        return dataclasses.replace(self, stage=stage)
+
+    def seed(self, purpose: str) -> int:
+        """A seed for one purpose of this stage, fixed by the experiment's own."""
+        return zlib.crc32(f"{self.resolved.experiment.seed}/{self.stage}/{purpose}".encode())
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The extended tokenizer of this run."""
+        folder = self.root / "extend_tokenizer" / "tokenizer"
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not there yet: run the stage extend_tokenizer first")
+        return chat.load_tokenizer(folder)
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """The model's sizes, joined with the tokenizer's ids."""
+        m, images = self.get(Model), self.get(ImageSettings)
+        ids = {
+            f"{name}_token_id": self.token(f"<|{token}|>")
+            for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
+                                ("vision_end", "vision_end"), ("eos", "im_end"), ("pad", "pad"))
+        }
+        half = m.width // m.heads // 2
+        text = TextConfig(
+            vocabulary=padded_vocab(len(self.tokenizer), m.vocabulary_multiple),
+            width=m.width, mlp_width=m.mlp_width, layers=m.layers, heads=m.heads, kv_heads=m.kv_heads,
+            head_width=m.width // m.heads, rope_theta=m.rope_theta, tied=m.tied, max_positions=m.max_positions,
+            mrope_section=m.mrope_section or (half - 2 * (half // 4), half // 4, half // 4),
+        )
+        vision = VisionConfig(
+            width=m.vision_width, layers=m.vision_layers, heads=m.vision_heads, mlp_width=4 * m.vision_width,
+            patch_size=images.patch_size, merge_size=images.merge_size,
+            temporal_patch_size=images.temporal_patch_size,
+        )
+        return ModelConfig(text, vision, bos_token_id=self.tokenizer.bos_token_id, **ids)
+
+    @functools.cached_property
+    def model(self) -> MultimodalModel:
+        return MultimodalModel(self.config, remat=self.get(Model).remat)
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return sharding.make_mesh(self.get(sharding.Mesh))
+
+    def token(self, text: str) -> int:
+        index = self.tokenizer.convert_tokens_to_ids(text)
+        if index is None or index == self.tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no token {text!r}: add it in the stage extend_tokenizer")
+        return int(index)
+
+    def records(self, kind: str, split: str) -> tuple[Sequence[formats.Record], str]:
+        """The records of one source and a mark that changes with them. `kind` is a kind of the sample, or a file."""
+        if kind.endswith(".jsonl"):
+            return formats.read_jsonl(Path(kind)), formats.file_mark(Path(kind))
+        if kind not in KINDS:
+            raise ValueError(f"no source {kind!r}: {nearest(kind, list(KINDS))}; or give the path of a .jsonl file")
+        params = self.get(SampleParams)
+        builder = sample_builder.build(kind, self.root / "data", params)
+        return sample_builder.records(builder, split), sample_builder.fingerprint(params)
+
+    def examples(self, name: str, split: str = "train", packing: Packing | None = None) -> Examples:
+        """The tokenised examples of a source named as in a mixture: "read", or "documents/ar" for one language."""
+        packing = packing or self.get(Packing)
+        kind, _, language = (name, "", "") if name.endswith(".jsonl") else name.partition("/")
+        records, mark = self.records(kind, split)
+        if language:
+            present = sorted({r.language for r in records})
+            kept = [r for r in records if r.language == language]
+            if not kept:
+                raise ValueError(f"source {name!r}: no record in {language!r}; {kind} has {', '.join(present)}")
+            records = kept
+        images = self.get(ImageSettings) if packing.row_patches else None
+        label = Path(name).stem if name.endswith(".jsonl") else kind
+        mark = "/".join((mark, split, name))
+        cache = self.root / "data" / "tokenised"
+        return tokenise(records, label, self.tokenizer, images, packing.row_tokens, mark, cache)
+
+    def rows(self, sources: Mapping[str, Examples], mixture: Mixture | None, count: int | None,
+             name: str, pairs: bool = False, packing: Packing | None = None) -> loader.Rows:
+        """Packed rows: `count` rows of a mixture, or every example of the sources once."""
+        packing = packing or self.get(Packing)
+        path = self.folder / f"{name}.npz"
+        plan = pack_plan.plan(dict(sources), mixture, packing, count, self.seed(name), path)
+        images = self.get(ImageSettings) if packing.row_patches else None
+        return loader.Rows(plan, list(sources.values()), packing, self.config.image_token_id, images, pairs)
+
+    def training_rows(self, pairs: bool = False) -> loader.Rows:
+        """The rows of this stage's mixture, as many as its steps take."""
+        mixture, trainer = self.get(Mixture), self.get(Trainer)
+        sources = {name: self.examples(name) for name in mixture.weights}
+        return self.rows(sources, mixture, trainer.steps * trainer.rows, "pack_plan", pairs)
+
+    def batches(self, rows: loader.Rows, rows_per_batch: int, start: int = 0):
+        """(batch, tokens) from a step onwards, laid over the devices of the mesh."""
+        return loader.batches(rows, rows_per_batch, sharding.rows(self.mesh), start)
+
+    def layout(self) -> Any:
+        """Shapes and shardings of the parameters."""
+        shapes = abstract_params(self.config)
+        placed = sharding.shardings(axis_names(self.config), shapes, self.mesh)
+        return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
+
+    def random_params(self) -> Any:
+        """Untrained parameters, the same for every stage of the experiment."""
+        key = jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), init_params(self.config, key), self.layout())
+
+    def trained_params(self, stage: str) -> Any:
+        """The parameters that a stage ended with."""
+        return checkpoint.load_params(self.root / stage / "checkpoints", self.layout())
+
+    def starting_params(self) -> Any:
+        """The parameters that this stage begins with."""
+        stage = self.get(Start).stage
+        if not stage:
+            return self.random_params()
+        stages = self.resolved.experiment.stages
+        if stage not in stages or stages.index(stage) >= stages.index(self.stage):
+            raise ValueError(f"{self.stage}/Start.stage = {stage!r}: expected one of the stages before it, "
+                             f"{', '.join(stages[: stages.index(self.stage)])}, or \"\" for random weights")
+        return self.trained_params(stage)
+
+    def marks(self, rows: loader.Rows) -> dict[str, str]:
+        """What must not change between a checkpoint and the run that goes on from it."""
+        return {"pack_plan": rows.plan.fingerprint, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+
+
+def fit(run: StageRun, params: Any, loss: Loss, rows: loader.Rows) -> dict[str, Any]:
+    """Train `params` on `rows` to the last step, from the newest checkpoint if there is one; what it came to."""
+    trainer, settings = run.get(Trainer), run.get(Optimizer)
+    with jax.set_mesh(run.mesh):
+        rates = optimizer.rate_tree(params, settings.rates)
+        transform = optimizer.make(settings, params, trainer.steps)
+        update = step.make_update(loss, transform, rates, trainer.accumulate)
+        checkpoints = checkpoint.Checkpoints(run.folder / "checkpoints", trainer.keep)
+        try:
+            train(
+                update=update,
+                state=state.create(params, transform),
+                frozen={},
+                batches=lambda start: run.batches(rows, trainer.rows, start),
+                trainer=trainer,
+                key=jax.random.key(run.seed("training")),
+                checkpoints=checkpoints,
+                marks=run.marks(rows),
+                groups=rows.groups,
+                log=lambda start: metrics.Log(run.folder, run.stage, trainer.steps, start, rows.plan.filled),
+            )
+        finally:
+            checkpoints.close()
+    return training_numbers(run.folder / "metrics.jsonl", rows)
+
+
+def training_numbers(path: Path, rows: loader.Rows, window: int = 20) -> dict[str, Any]:
+    """Means over the first and the last `window` steps of each number of a stage, and how full its rows were."""
+    lines = metrics.read(path)
+    names = sorted({k for line in lines for k in line} - {"step", "filled", *metrics.TIMES})
+
+    def mean(part: Sequence[Mapping[str, Any]], name: str) -> float | None:
+        values = [line[name] for line in part if name in line]
+        return round(sum(values) / len(values), 4) if values else None
+
+    return {
+        "steps": len(lines),
+        "first": {name: mean(lines[:window], name) for name in names},
+        "last": {name: mean(lines[-window:], name) for name in names},
+        "slots_filled": round(rows.plan.filled, 4),
+        "slots_filled_at_best": round(rows.plan.best, 4),
+        "patches_filled": round(rows.plan.patches_filled, 4),
+        "plan": rows.plan.fingerprint,
+    }
+
+
+def sample_path(path: str) -> Path:
+    """A path as written in an experiment; `sample:...` lies in the sample that comes with the package."""
+    return sample.FOLDER / path.removeprefix("sample:") if path.startswith("sample:") else Path(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+

@@ -1,0 +1,166 @@
+"""What each training stage changed, on held-out text, pictures and pairs, beside an untrained model and constants."""
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from ain_jax.data.formats import Record
+from ain_jax.data.images import ImageSettings
+from ain_jax.data.packing import Packing
+from ain_jax.evaluate import likelihood, ngram, scores
+from ain_jax.generate import Prompt, generate, prompt_with_images
+from ain_jax.stages import common
+from ain_jax.tokenizer import chat
+
+UNTRAINED = "untrained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is measured, and with which models: "untrained" or the name of a stage, whose last weights are taken."""
+
+    texts: tuple[str, ...] = ("documents/ar", "documents/en")  # bits per byte on the test split
+    texts_of: tuple[str, ...] = (UNTRAINED, "pretrain", "instruct", "prefer")
+    answers_of: tuple[str, ...] = (UNTRAINED, "instruct", "prefer")  # reading and naming
+    pairs_of: tuple[str, ...] = (UNTRAINED, "instruct", "prefer")
+    ngram: int = 5  # order of the byte model trained on the same text
+    rows: int = 8  # rows of a batch
+    answer_tokens: int = 24  # longest answer
+    shown: int = 12  # answers of each kind kept with their pictures for the report
+
+
+def run(stage: common.StageRun) -> dict[str, Any]:
+    settings = stage.get(Evaluation)
+    models = list(dict.fromkeys((*settings.texts_of, *settings.answers_of, *settings.pairs_of)))
+    unknown = [m for m in models if m != UNTRAINED and m not in stage.resolved.experiment.stages]
+    if unknown:
+        raise ValueError(f"Evaluation names the stage {unknown[0]!r}, which Experiment.stages does not hold")
+    bar = tqdm(total=len(models) + 1, desc=f"{stage.stage:16}", unit="model", dynamic_ncols=True)
+    with jax.set_mesh(stage.mesh):
+        results: dict[str, Any] = {}
+        for name in models:
+            bar.set_postfix_str(name)
+            results[name] = _kept(stage.folder / f"{name}.json", lambda name=name: _one_model(stage, settings, name))
+            bar.update()
+    bar.set_postfix_str("baselines")
+    results["baselines"] = _kept(stage.folder / "baselines.json", lambda: _baselines(stage, settings))
+    bar.update()
+    bar.close()
+    return {"models": results}
+
+
+def _kept(path: Path, make: Any) -> Any:
+    """A part of the result, made once: an interrupted evaluation goes on with the next model."""
+    if not path.exists():
+        common.write_json(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _one_model(stage: common.StageRun, settings: Evaluation, name: str) -> dict[str, Any]:
+    params = stage.random_params() if name == UNTRAINED else stage.trained_params(name)
+    result: dict[str, Any] = {}
+    if name in settings.texts_of:
+        result["bits_per_byte"] = _bits_per_byte(stage, settings, params)
+    if name in settings.answers_of:
+        result |= _answers(stage, settings, params, name)
+    if name in settings.pairs_of:
+        rows = stage.rows({"preference": stage.examples("preference", "test")}, None, None, "plan_pairs", pairs=True)
+        pairs = likelihood.pair_choices(stage.model, params, rows.groups, stage.batches(rows, settings.rows))
+        result["preference"] = {kind.rpartition("/")[2]: _rounded(v) for kind, v in pairs.items()}
+    return result
+
+
+def _bits_per_byte(stage: common.StageRun, settings: Evaluation, params: Any) -> dict[str, float]:
+    result = {}
+    packing = Packing(row_tokens=stage.get(Packing).row_tokens)  # text alone
+    for source in settings.texts:
+        language = source.rpartition("/")[2]
+        sources = {source: stage.examples(source, "test", packing)}
+        rows = stage.rows(sources, None, None, f"plan_{language}", packing=packing)
+        total = sum(likelihood.nats(stage.model, params, rows.groups, stage.batches(rows, settings.rows)).values())
+        size = sum(len(text.encode()) for text in _texts(stage, source, "test"))
+        result[language] = round(total / math.log(2) / size, 5)
+    return result
+
+
+def _texts(stage: common.StageRun, source: str, split: str) -> list[str]:
+    kind, _, language = source.partition("/")
+    return [r.text for r in stage.records(kind, split)[0] if not language or r.language == language]
+
+
+# (name in the results, kind of the sample, its split): what is asked with pictures
+QUESTIONS = (
+    ("reading_unseen_words", "read", "test"),
+    ("reading_new_renderings", "read", "test_rendered"),
+    ("naming_new_renderings", "name", "test_rendered"),
+)
+
+
+def _answers(stage: common.StageRun, settings: Evaluation, params: Any, model: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    stop = [stage.token("<|im_end|>")]
+    for name, kind, split in QUESTIONS:
+        records = list(stage.records(kind, split)[0])
+        prompts = [_prompt(stage, record) for record in records]
+        ids = generate(params, stage.config, prompts, settings.answer_tokens, stop, rows=64)
+        answers = [stage.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
+        references = [record.messages[-1].content for record in records]
+        result[name] = _scored(kind, records, references, answers)
+        shown = [
+            {"id": r.id, "question": r.messages[-2].content.replace("<image>", "").strip(), "expected": e, "answer": a}
+            for r, e, a in list(zip(records, references, answers, strict=True))[: settings.shown]
+        ]
+        common.write_json(stage.folder / "shown" / f"{model}-{name}.json", shown)
+    return result
+
+
+def _prompt(stage: common.StageRun, record: Record) -> Prompt:
+    settings = stage.get(ImageSettings)
+    prompt = prompt_with_images([], record.images, settings)
+    counts = [int(t * h * w) // settings.merge_size**2 for t, h, w in prompt.grids]
+    tokens = chat.encode_prompt(stage.tokenizer, record.messages[:-1], counts)
+    return dataclasses.replace(prompt, tokens_L=tokens)
+
+
+def _scored(kind: str, records: Sequence[Record], references: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    if kind == "read":
+        pairs = [(scores.letters(r), scores.letters(a)) for r, a in zip(references, answers, strict=True)]
+        expected, read = [p[0] for p in pairs], [p[1] for p in pairs]
+        return _rounded({"cer": scores.error_rate(expected, read), "exact": scores.accuracy(expected, read), "count": len(pairs)})
+    by_language: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for record, reference, answer in zip(records, references, answers, strict=True):
+        by_language[record.language].append((scores.plain(reference), scores.plain(answer)))
+    return _rounded(
+        {lang: scores.accuracy([r for r, _ in p], [a for _, a in p]) for lang, p in sorted(by_language.items())}
+        | {"accuracy": scores.accuracy(*zip(*sum(by_language.values(), []), strict=True)), "count": len(records)}
+    )
+
+
+def _baselines(stage: common.StageRun, settings: Evaluation) -> dict[str, Any]:
+    """The best constant answers, and the byte model trained on the very text that pretraining saw."""
+    result: dict[str, Any] = {"bits_per_byte": {}, "constant": {}}
+    for source in settings.texts:
+        language = source.rpartition("/")[2]
+        test = _texts(stage, source, "test")
+        model = ngram.train(_texts(stage, source, "train"), settings.ngram)
+        result["bits_per_byte"][language] = round(model.bits(test) / sum(len(t.encode()) for t in test), 5)
+    for name, kind, split in QUESTIONS:
+        references = [record.messages[-1].content for record in stage.records(kind, split)[0]]
+        if kind == "read":
+            answer, rate = scores.best_constant([scores.letters(r) for r in references])
+            result["constant"][name] = _rounded({"cer": rate}) | {"answer": answer}
+        else:
+            answer, share = scores.most_common([scores.plain(r) for r in references])
+            result["constant"][name] = _rounded({"accuracy": share}) | {"answer": answer}
+    return result
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {k: round(v, 5) for k, v in values.items()}

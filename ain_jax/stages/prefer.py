@@ -1,0 +1,31 @@
+"""Direct preference optimisation against the frozen model that the stage starts from (ALLaM, section 5)."""
+
+import dataclasses
+
+import jax
+
+from ain_jax.stages import common
+from ain_jax.train import losses, reference
+from ain_jax.train.loop import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Settings of the preference loss."""
+
+    beta: float = 0.1  # how dear it is to leave the reference, per nat
+
+    def __post_init__(self):
+        if not self.beta > 0:
+            raise ValueError(f"beta = {self.beta}: expected above 0")
+
+
+def run(stage: common.StageRun) -> dict:
+    rows = stage.training_rows(pairs=True)
+    params = stage.starting_params()
+    with jax.set_mesh(stage.mesh):
+        rows = reference.with_reference(
+            rows, stage.model, params, lambda r: stage.batches(r, stage.get(Trainer).rows), stage.folder / "reference.npz"
+        )
+    loss = losses.preference(stage.model, len(rows.groups), stage.get(Preference).beta)
+    return common.fit(stage, params, loss, rows)

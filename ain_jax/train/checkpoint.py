@@ -1,0 +1,98 @@
+"""State and data position, saved and restored together.
+
+The data position is the step inside the state plus the fingerprint of the pack plan beside it; there is no iterator
+state. orbax writes into a temporary folder and renames, so an interrupted save is never mistaken for a checkpoint.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from ain_jax.train.state import TrainState
+
+for _name in ("absl", "orbax"):  # orbax reports every file that it touches
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one stage, in one folder; saving goes on in the background."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        policies = ocp.training
+        self._checkpointer = policies.Checkpointer(
+            self.folder,
+            save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def latest(self) -> int | None:
+        """The step of the newest finished checkpoint, or None."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, state: TrainState, marks: Mapping[str, str], wait: bool = False) -> None:
+        """Begin to write the state; `marks` (fingerprints of the data and the tokenizer) travel with it."""
+        step = int(state.step)
+        if self.latest() == step:
+            return
+        parts = {"params": state.params, "opt_state": state.opt_state}
+        self._checkpointer.save_checkpointables_async(step, parts, custom_metadata=dict(marks))
+        if wait:
+            self.wait()
+
+    def load(self, step: int, like: TrainState, marks: Mapping[str, str]) -> TrainState:
+        """The state at `step`, laid out as `like` (arrays or ShapeDtypeStructs with shardings).
+
+        Raises ValueError where the run has since got other data or another tokenizer.
+        """
+        saved = self._checkpointer.metadata(step).custom_metadata or {}
+        for name, mark in marks.items():
+            if saved.get(name) != mark:
+                raise ValueError(
+                    f"{self.folder}/{step} was written with {name} {saved.get(name)}, and this run has {mark}: it would "
+                    f"go on with other data. Give another --run_dir, or delete {self.folder.parent} to begin anew"
+                )
+        abstract = jax.tree.map(_abstract, {"params": like.params, "opt_state": like.opt_state})
+        parts = self._checkpointer.load_checkpointables(step, abstract)
+        return TrainState(jnp.asarray(step, jnp.int32), parts["params"], parts["opt_state"])
+
+    def load_params(self, step: int, like: Any) -> Any:
+        """The parameters at `step`, laid out as `like`; the optimiser state is not read."""
+        return self._checkpointer.load(step, jax.tree.map(_abstract, like), checkpointable_name="params")
+
+    def wait(self) -> None:
+        """Return when every save begun is finished, or raise what went wrong with it."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        self.wait()
+        self._checkpointer.close()
+
+
+def load_params(folder: Path, like: Any) -> Any:
+    """The parameters of the newest checkpoint in a folder, laid out as `like`; the optimiser state is not read."""
+    checkpoints = Checkpoints(folder)
+    try:
+        step = checkpoints.latest()
+        if step is None:
+            raise ValueError(f"{folder} holds no checkpoint; run the stage that writes it first")
+        return checkpoints.load_params(step, like)
+    finally:
+        checkpoints.close()
+
+
+def _abstract(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=sharding)

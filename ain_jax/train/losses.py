@@ -1,0 +1,131 @@
+"""Loss functions: (params, frozen, batch, key) -> sums and counts. Nothing is divided here.
+
+Division happens once, by the global count, in `step.py`: so accumulation, packing and the number of devices leave
+the loss as it is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ain_jax.data.batch import Batch, PairBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """A loss before division. `parts` maps a name to sums and counts per group (G groups of the batch)."""
+
+    loss: Any  # scalar, what the gradient is taken of
+    count: Any  # scalar, what it is divided by
+    parts: dict[str, tuple[Any, Any]]  # name -> (sum_G, count_G)
+
+
+Loss = Callable[[Any, Any, Any, Any], Sums]
+
+TARGET_CHUNK = 64  # learnt positions of each row whose logits are held at once
+
+
+def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Log-probability in nats of each target, and whether the model's first choice is it: two (B, C) arrays.
+
+    The head runs on learnt positions only, in chunks whose logits are made anew in the backward pass, so that
+    memory holds B x TARGET_CHUNK rows of the vocabulary and never the whole.
+    """
+    hidden_BLD = model.apply(
+        {"params": params},
+        tokens_BL=batch.tokens_BL,
+        positions_3BL=jnp.moveaxis(batch.positions_B3L, 1, 0),
+        segments_BL=batch.segments_BL,
+        feature_index_BL=batch.feature_index_BL,
+        patches_BPC=batch.patches_BPK,
+        patch_positions_BP2=batch.patch_positions_BP2,
+        patch_segments_BP=batch.patch_segments_BP,
+        method="hidden",
+    )
+    hidden_BCD = jnp.take_along_axis(hidden_BLD, batch.predict_at_BC[..., None], axis=1)
+    B, C, D = hidden_BCD.shape
+    chunk = min(TARGET_CHUNK, C)
+    chunks = -(-C // chunk)
+    pad = chunks * chunk - C
+    hidden_BCD = jnp.pad(hidden_BCD, ((0, 0), (0, pad), (0, 0)))
+    targets_BC = jnp.pad(batch.targets_BC, ((0, 0), (0, pad)))
+
+    @jax.checkpoint
+    def one_chunk(_, inputs):
+        hidden_BcD, targets_Bc = inputs
+        logits_BcV = model.apply({"params": params}, hidden_BcD, method="logits").astype(jnp.float32)
+        chosen_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
+        log_probs_Bc = chosen_Bc - jax.nn.logsumexp(logits_BcV, axis=-1)
+        return None, (log_probs_Bc, chosen_Bc >= logits_BcV.max(axis=-1))
+
+    by_chunk = lambda x: jnp.moveaxis(x.reshape(B, chunks, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
+    _, (log_probs, correct) = jax.lax.scan(one_chunk, None, (by_chunk(hidden_BCD), by_chunk(targets_BC)))
+    back = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * chunk)[:, :C]  # noqa: E731
+    return back(log_probs), back(correct)
+
+
+def group_sums(values: jax.Array, weights: jax.Array, groups: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Sums of `values` and of `weights` within each of `count` groups: two (G,) arrays.
+
+    values 1 2 3   weights 1 1 0   groups 0 1 1   ->   sums 1 2, counts 1 1
+    """
+    flat = groups.reshape(-1)
+    sums = jax.ops.segment_sum((values * weights).reshape(-1), flat, count)
+    return sums, jax.ops.segment_sum(weights.reshape(-1), flat, count)
+
+
+def next_token(model: Any, groups: int) -> Loss:
+    """Cross-entropy of the learnt tokens, in nats; reported by group as `loss` and `accuracy`."""
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> Sums:
+        del frozen, key
+        log_probs_BC, correct_BC = target_log_probs(model, params, batch)
+        weights_BC = (batch.target_segments_BC > 0).astype(jnp.float32)
+        parts = {
+            "loss": group_sums(-log_probs_BC, weights_BC, batch.target_groups_BC, groups),
+            "accuracy": group_sums(correct_BC.astype(jnp.float32), weights_BC, batch.target_groups_BC, groups),
+        }
+        return Sums(-(log_probs_BC * weights_BC).sum(), weights_BC.sum(), parts)
+
+    return loss
+
+
+def pair_log_probs(model: Any, params: Any, batch: PairBatch) -> jax.Array:
+    """Log-probability in nats of the better and the worse answer of each pair: (B, N, 2)."""
+    log_probs_BC, _ = target_log_probs(model, params, batch.rows)
+    segments_BC = batch.rows.target_segments_BC
+    pairs = batch.pair_groups_BN.shape[1]
+    # Segment 0 collects the unused places and is cut off; segments 1, 2 are pair 0, 3, 4 pair 1, ...
+    sums_BS = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, 2 * pairs + 1))(log_probs_BC, segments_BC)
+    return sums_BS[:, 1:].reshape(-1, pairs, 2)
+
+
+def preference(model: Any, groups: int, beta: float) -> Loss:
+    """Direct preference optimisation (arXiv 2305.18290, equation 7), nats per pair, reported by kind of pair.
+
+    With r = log p(answer) - log p_reference(answer), the loss is -log sigmoid(beta (r_better - r_worse)):
+    log 2 where policy and reference agree. `parts`: loss, accuracy (margin above 0), margin (beta times the
+    difference), drift (r of the better answer: below 0 it has become less likely).
+    """
+
+    def loss(params: Any, frozen: Any, batch: PairBatch, key: Any) -> Sums:
+        del frozen, key
+        ratio_BN2 = pair_log_probs(model, params, batch) - batch.reference_BN2
+        margin_BN = beta * (ratio_BN2[..., 0] - ratio_BN2[..., 1])
+        weights_BN = (batch.pair_groups_BN >= 0).astype(jnp.float32)
+        groups_BN = jnp.maximum(batch.pair_groups_BN, 0)
+        losses_BN = -jax.nn.log_sigmoid(margin_BN)
+        by_kind = lambda values: group_sums(values, weights_BN, groups_BN, groups)  # noqa: E731
+        parts = {
+            "loss": by_kind(losses_BN),
+            "accuracy": by_kind((margin_BN > 0).astype(jnp.float32)),
+            "margin": by_kind(margin_BN),
+            "drift": by_kind(ratio_BN2[..., 0]),
+        }
+        return Sums((losses_BN * weights_BN).sum(), weights_BN.sum(), parts)
+
+    return loss

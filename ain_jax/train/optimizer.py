@@ -1,0 +1,109 @@
+"""Schedule, parameter groups and what stays frozen -> one optax transformation."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import optax
+
+from ain_jax.experiment import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW with decoupled weight decay (arXiv 1711.05101) on matrices alone.
+
+    `rates` multiplies the learning rate of the parameters under a path, the longest matching path deciding;
+    0 freezes them: {"visual": 0.1, "visual/merger": 1.0, "model/embed_tokens": 0.0}.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "flat"] = "cosine"
+    final_share: float = 0.1  # of the peak rate, reached at the last step
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    clip: float = 1.0  # global norm of the gradient; 0 does not clip
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate = {self.learning_rate}: expected above 0")
+        if self.warmup_steps < 0 or not 0 <= self.final_share <= 1:
+            raise ValueError(f"warmup_steps = {self.warmup_steps}, final_share = {self.final_share}: "
+                             "expected 0 or more steps and a share between 0 and 1")
+        below = {k: v for k, v in self.rates.items() if v < 0}
+        if below:
+            raise ValueError(f"rates = {below}: expected multiples of 0 or more")
+
+
+def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
+    """The learning rate at each step: a linear warm-up from 0, then the named decay to `final_share` of the peak."""
+    peak, after = settings.learning_rate, max(1, steps - settings.warmup_steps)
+    if settings.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, after, settings.final_share)
+    elif settings.schedule == "linear":
+        decay = optax.linear_schedule(peak, peak * settings.final_share, after)
+    else:
+        decay = optax.constant_schedule(peak)
+    if not settings.warmup_steps:
+        return decay
+    # The first step already learns: step s of w warm-up steps runs at (s + 1) / w of the peak.
+    warmup = optax.linear_schedule(peak / settings.warmup_steps, peak, max(1, settings.warmup_steps - 1))
+    return optax.join_schedules([warmup, decay], [settings.warmup_steps])
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A tree path as text, "model/layers/self_attn/q_proj/kernel"."""
+    return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
+
+
+def rate_tree(params: Any, rates: Mapping[str, float]) -> Any:
+    """The multiple of the learning rate of each parameter, as a tree of floats shaped like `params`."""
+    names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for prefix in rates:
+        if not any(_under(n, prefix) for n in names):
+            parents = {"/".join(n.split("/")[:i]) for n in names for i in range(1, n.count("/") + 2)}
+            raise ValueError(f"Optimizer.rates names {prefix!r}, which no parameter lies under: "
+                             f"{nearest(prefix, sorted(parents))}")
+
+    def rate(path, _):
+        matching = [p for p in rates if _under(path_name(path), p)]
+        return rates[max(matching, key=len)] if matching else 1.0
+
+    return jax.tree_util.tree_map_with_path(rate, params)
+
+
+def _under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix.rstrip("/") + "/")
+
+
+def make(settings: Optimizer, params: Any, steps: int) -> optax.GradientTransformation:
+    """The transformation for these parameters; frozen ones keep no optimiser state."""
+    rates = rate_tree(params, settings.rates)
+
+    def adamw(multiple: float) -> optax.GradientTransformation:
+        if multiple == 0:
+            return optax.set_to_zero()
+        rate = schedule(settings, steps)
+        return optax.adamw(
+            lambda step: multiple * rate(step),
+            b1=settings.b1,
+            b2=settings.b2,
+            weight_decay=settings.weight_decay,
+            mask=lambda tree: jax.tree.map(lambda p: p.ndim >= 2, tree),
+        )
+
+    multiples = sorted(set(jax.tree.leaves(rates)))
+    groups = {str(m): adamw(m) for m in multiples}
+    labels = jax.tree.map(str, rates)
+    update = optax.multi_transform(groups, labels) if len(groups) > 1 else adamw(multiples[0])
+    clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
+    return optax.chain(clip, update)
+
+
+def freeze(params: Any, rates: Any) -> Any:
+    """`params` with the gradient stopped where the rate is 0, so that it is not computed in vain."""
+    return jax.tree.map(lambda p, r: jax.lax.stop_gradient(p) if r == 0 else p, params, rates)

@@ -1,0 +1,43 @@
+"""The frozen policy's log-probabilities of each pair: computed once, fingerprinted, kept beside the plan."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ain_jax.data.loader import Rows
+from ain_jax.train.losses import pair_log_probs
+
+
+def params_fingerprint(params: Any) -> str:
+    """A digest of every parameter's bytes."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(params)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def with_reference(
+    rows: Rows, model: Any, params: Any, batches: Callable[[Rows], Iterator[tuple[Any, int]]], path: Path
+) -> Rows:
+    """The rows with `reference_RN2` filled in, in nats; read from `path` where it fits these weights and this plan.
+
+    The reference model is gone from memory afterwards: training holds the policy alone.
+    """
+    mark = f"{params_fingerprint(params)}/{rows.plan.fingerprint}"
+    if path.exists():
+        with np.load(path) as stored:
+            if str(stored["mark"]) == mark:
+                return dataclasses.replace(rows, reference_RN2=stored["reference_RN2"])
+    score = jax.jit(lambda p, batch: pair_log_probs(model, p, batch))
+    parts = [np.asarray(score(params, batch)) for batch, _ in batches(rows)]
+    reference_RN2 = np.concatenate(parts)[: len(rows)]
+    beside = path.with_suffix(".tmp.npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(beside, reference_RN2=reference_RN2, mark=np.array(mark))
+    beside.replace(path)
+    return dataclasses.replace(rows, reference_RN2=reference_RN2)
