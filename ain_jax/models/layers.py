@@ -11,13 +11,47 @@ mapped to the mesh in `ain_jax/sharding.py`. Sums over many values and the softm
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Normal:
+    """An initializer: normal values around 0."""
+
+    stddev: float
+
+    def __call__(self, key, shape, dtype):
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(self.stddev, dtype)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An initializer: one value everywhere."""
+
+    value: float
+
+    def __call__(self, key, shape, dtype):
+        return jnp.full(shape, self.value, dtype)
+
+
+@flax.struct.dataclass
+class Declared(nn.LogicallyPartitioned):
+    """A parameter as it was declared: its value with the names of its axes and its initializer."""
+
+    initializer: Normal | Constant = flax.struct.field(pytree_node=False, default=Constant(0.0))
+
+
+def declared(initializer: Normal | Constant, axes: tuple[str, ...]):
+    """What `self.param` calls: the initial value, boxed with axis names and initializer."""
+    return lambda key, shape, dtype: Declared(initializer(key, shape, dtype), axes, initializer=initializer)
 
 
 class Einsum(nn.Module):
@@ -36,13 +70,13 @@ class Einsum(nn.Module):
         letters = inputs.split(",")[1]
         summed = [letter not in output for letter in letters]
         fan_in = math.prod(size for size, gone in zip(self.shape, summed, strict=True) if gone)
-        init = nn.initializers.normal(self.scale / math.sqrt(fan_in))
-        weight = self.param("weight", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
+        init = declared(Normal(self.scale / math.sqrt(fan_in)), self.axes)
+        weight = self.param("weight", init, self.shape, jnp.float32)
         y = jnp.einsum(self.spec, x.astype(self.dtype), weight.astype(self.dtype))
         if self.bias:
             kept = [i for i, gone in enumerate(summed) if not gone]
             assert output.endswith("".join(letters[i] for i in kept)), f"{self.spec}: the bias needs the new axes last"
-            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), tuple(self.axes[i] for i in kept))
+            init = declared(Constant(0.0), tuple(self.axes[i] for i in kept))
             bias = self.param("bias", init, tuple(self.shape[i] for i in kept), jnp.float32)
             y = y + jnp.expand_dims(bias.astype(self.dtype), tuple(range(y.ndim - bias.ndim)))
         return y
@@ -59,8 +93,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        weight = self.param("weight", nn.with_logical_partitioning(ones, (self.axis,)), (self.width,), jnp.float32)
+        weight = self.param("weight", declared(Constant(1.0), (self.axis,)), (self.width,), jnp.float32)
         leading = tuple(range(x.ndim - 1))
         y = x.astype(jnp.float32)
         if self.center:
@@ -68,7 +101,7 @@ class Norm(nn.Module):
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         y = y.astype(self.dtype) * jnp.expand_dims(weight.astype(self.dtype), leading)
         if self.center:
-            bias = self.param("bias", nn.with_logical_partitioning(zeros, (self.axis,)), (self.width,), jnp.float32)
+            bias = self.param("bias", declared(Constant(0.0), (self.axis,)), (self.width,), jnp.float32)
             y = y + jnp.expand_dims(bias.astype(self.dtype), leading)
         return y
 
@@ -82,7 +115,7 @@ class Embedding(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), ("vocab", "embed"))
+        init = declared(Normal(self.stddev), ("vocab", "embed"))
         self.weight = self.param("weight", init, (self.vocabulary, self.width), jnp.float32)
 
     def __call__(self, tokens_BL):

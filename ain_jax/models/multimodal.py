@@ -10,7 +10,7 @@ published name without the number of the layer.
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ModelConfig
-from ain_jax.models.layers import Embedding
+from ain_jax.models.layers import Declared, Embedding
 from ain_jax.models.text import Attend, Decoder
 from ain_jax.models.vision import VisionTower
 
@@ -96,19 +96,30 @@ def packed(segments_BL) -> Attend:
 
 
 def init_params(config: ModelConfig, key) -> dict[str, Any]:
-    """Fresh parameters, float32, as one plain nested dict."""
-    return nn.meta.unbox(jax.jit(partial(_declare, config))(key))
+    """Fresh parameters, float32, as one plain nested dict.
+
+    Each is drawn by its declared initializer, without a forward pass, and with the device's own generator ("rbg"): jax's
+    default one takes XLA half a second of compilation for every shape.
+    """
+    return jax.jit(partial(_drawn, config))(key)
+
+
+def _drawn(config: ModelConfig, key):
+    boxes, tree = jax.tree.flatten(_declarations(config), is_leaf=lambda x: isinstance(x, Declared))
+    first = jax.random.bits(key, (4,), jnp.uint32)
+    keys = [jax.random.wrap_key_data(first.at[3].add(jnp.uint32(i)), impl="rbg") for i in range(len(boxes))]
+    drawn = [box.initializer(k, box.value.shape, box.value.dtype) for k, box in zip(keys, boxes, strict=True)]
+    return tree.unflatten(drawn)
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
     """Shapes and dtypes of the parameters, as the same tree of `jax.ShapeDtypeStruct`."""
-    return nn.meta.unbox(jax.eval_shape(partial(_declare, config), jax.random.key(0)))
+    return nn.meta.unbox(_declarations(config))
 
 
 def axis_names(config: ModelConfig) -> dict[str, Any]:
     """Names of the axes of every parameter, as the same tree of tuples: ("layers", "embed", "heads", "head") ..."""
-    boxed = jax.eval_shape(partial(_declare, config), jax.random.key(0))
-    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    return jax.tree.map(lambda box: box.names, _declarations(config), is_leaf=lambda x: isinstance(x, Declared))
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -116,11 +127,14 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def _declare(config: ModelConfig, key):
-    none_BL = jnp.zeros((1, 1), jnp.int32)
-    batch: list[Any] = [none_BL, none_BL, jnp.zeros((3, 1, 1), jnp.int32)]
+@lru_cache
+def _declarations(config: ModelConfig) -> dict[str, Any]:
+    """The tree of `Declared`, its values shapes only: the modules run on one token and one merged patch, abstractly."""
+    one_BL = jnp.zeros((1, 1), jnp.int32)
+    batch: list[Any] = [one_BL, one_BL, jnp.zeros((3, 1, 1), jnp.int32)]
     if config.vision:
         P = config.vision.merge_size**2
         patches = jnp.zeros((1, P, config.vision.patch_values), jnp.float32)
-        batch += [none_BL, patches, jnp.zeros((1, P, 2), jnp.int32), jnp.zeros((1, P), jnp.int32)]
-    return MultimodalModel(config).init(key, *batch, method="declare")["params"]
+        batch += [one_BL, patches, jnp.zeros((1, P, 2), jnp.int32), jnp.zeros((1, P), jnp.int32)]
+    model = MultimodalModel(config)
+    return jax.eval_shape(lambda key: model.init(key, *batch, method="declare"), jax.random.key(0))["params"]

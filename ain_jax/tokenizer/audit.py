@@ -81,7 +81,7 @@ def _pieces(report: AuditReport, extension: Extension, base_model: Any, model: A
     for piece, index, cut, form in zip(new, ids, bare, forms, strict=True):
         if cut != [index]:
             faults.append(f"SentencePiece cuts {piece!r} (id {index}) into {cut}")
-        if form.ids != newline + [index]:
+        if form.ids != [*newline, index]:
             faults.append(f"tokenizer.json cuts {piece!r} (id {index}) into {form.ids[len(newline) :]}")
     report.add("every new piece is reachable", len(new), faults)
 

@@ -111,20 +111,20 @@ def merges_reversed(written):
 
 DAMAGES = [
     (
-        dict(change_model=unreachable, last="▁حقوقذ"),
+        {"change_model": unreachable, "last": "▁حقوقذ"},
         "every new piece is reachable: SentencePiece cuts '▁حقوقذ'",
     ),
-    (dict(change_model=loses_a_blank), "old text keeps its ids: en text 0"),
-    (dict(change_model=swap_old), "old pieces keep their ids: id 300 was"),
-    (dict(change_model=swap_old), "old text keeps its ids: en text"),
-    (dict(change_json=no_blank_in_front), "SentencePiece and tokenizer.json agree: ar text 0"),
-    (dict(change_json=merges_reversed), "SentencePiece and tokenizer.json agree"),
-    (dict(change_json=blanks_left_over), "no ▁ is left over: ar text 0"),
-    (dict(change_json=blanks_left_over), "round trip of tokenizer.json: ar text 0"),
-    (dict(special_tokens={"<|im_start|>": 601}), "special tokens are never split: <|im_start|> has id 601"),
-    (dict(template="{% for m in messages %}{{ m['role'] }}{% endfor %}"), "the chat template renders: "),
-    (dict(change_json=special_in_pieces), "AutoTokenizer opens it unchanged: "),
-    (dict(pieces=["x"]), "the model holds 707 pieces, the manifest 608"),
+    ({"change_model": loses_a_blank}, "old text keeps its ids: en text 0"),
+    ({"change_model": swap_old}, "old pieces keep their ids: id 300 was"),
+    ({"change_model": swap_old}, "old text keeps its ids: en text"),
+    ({"change_json": no_blank_in_front}, "SentencePiece and tokenizer.json agree: ar text 0"),
+    ({"change_json": merges_reversed}, "SentencePiece and tokenizer.json agree"),
+    ({"change_json": blanks_left_over}, "no ▁ is left over: ar text 0"),
+    ({"change_json": blanks_left_over}, "round trip of tokenizer.json: ar text 0"),
+    ({"special_tokens": {"<|im_start|>": 601}}, "special tokens are never split: <|im_start|> has id 601"),
+    ({"template": "{% for m in messages %}{{ m['role'] }}{% endfor %}"}, "the chat template renders: "),
+    ({"change_json": special_in_pieces}, "AutoTokenizer opens it unchanged: "),
+    ({"pieces": ["x"]}, "the model holds 707 pieces, the manifest 608"),
 ]
 
 

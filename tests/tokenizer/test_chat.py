@@ -1,6 +1,8 @@
 """Conversations to ids and mask: worked by hand, and against transformers' own apply_chat_template."""
 
+import functools
 import json
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +98,7 @@ def test_a_worked_conversation(tokenizer):
     ]
     names = ["user", "ass", "istant", "hi", "yes", "<0x0A>"]
     assert tokenizer.convert_tokens_to_ids(names) == [user, ass, istant, hi, yes, newline]
-    assert ids.tolist() == sum(expected, [])
+    assert ids.tolist() == functools.reduce(operator.iadd, expected, [])
     assert learn.tolist() == [False] * 15 + [True] * 2 + [False]
     prompt = encode_prompt(tokenizer, [Message("user", "<image>hi")], (3,))
     assert prompt.tolist() == expected[0]
@@ -131,7 +133,7 @@ def test_ids_and_mask_are_those_of_transformers(tokenizer, pairs, data):
     theirs = [message | {"content": parts(message["content"])} for message in messages]
 
     ids, learn = encode_chat(tokenizer, messages, [1] * pictures)
-    options = dict(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     out = tokenizer.apply_chat_template(theirs, **options)
     assert ids.tolist() == out["input_ids"] and learn.tolist() == [bool(x) for x in out["assistant_masks"]]
 
@@ -199,7 +201,7 @@ def test_faults_of_a_conversation(tokenizer, messages, counts, message):
 
 def test_all_faults_of_a_batch_are_told_at_once(tokenizer):
     chats = [(messages, counts) for messages, counts, _ in FAULTS[:2]]
-    with pytest.raises(ValueError, match="conversation 0: no assistant turn.*\nconversation 2: 1 <image>"):
+    with pytest.raises(ValueError, match=r"conversation 0: no assistant turn.*\nconversation 2: 1 <image>"):
         encode_chats(tokenizer, [chats[0], (turns("a", "b"), ()), chats[1]])
 
 
@@ -230,7 +232,7 @@ def test_broken_templates(template, text, message):
 
 def test_a_template_that_forgets_pictures(template):
     text = EACH + "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% endfor %}"
-    with pytest.raises(ValueError, match="rendered 0 <|image_pad|> for 1 pictures"):
+    with pytest.raises(ValueError, match=r"rendered 0 <\|image_pad\|> for 1 pictures"):
         encode_chat(template(text), turns("<image>a", "b"), (2,))
 
 
@@ -242,7 +244,7 @@ def test_a_rebuilt_tokenizer_is_refused(folder, tmp_path, monkeypatch):
     backend = tokenizers.Tokenizer.from_str(json.dumps(written))
     rebuilt = PreTrainedTokenizerFast(tokenizer_object=backend)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: rebuilt)
-    with pytest.raises(ValueError, match="cuts 'Hello world' into .* must be PreTrainedTokenizerFast"):
+    with pytest.raises(ValueError, match=r"cuts 'Hello world' into .* must be PreTrainedTokenizerFast"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="has no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path / "nowhere")

@@ -1,10 +1,12 @@
 """The extension against a brute-force BPE, SentencePiece's own encoder and transformers' AutoTokenizer."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -59,7 +61,7 @@ def brute_force(words, limit, min_count=2):
     while len(age) < limit + len({symbol for symbol in age if len(symbol) == 1}):
         pairs = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break
@@ -154,14 +156,14 @@ def test_special_tokens_and_pieces_stand_behind_the_base(extension, forms):
 
 
 def test_replaced_ids_spell_the_piece(extension, forms):
-    before, after, _ = forms
+    before, _after, _ = forms
     for piece, ids in zip(extension.pieces, extension.replaces, strict=True):
         spelt = before.decode([13, *ids])  # a newline first, or decoding would drop a blank
         assert spelt == "\n" + piece.replace("▁", " ") and len(ids) >= 2
 
 
 def test_every_piece_is_emitted(extension, forms):
-    _, after, auto = forms
+    _, after, _auto = forms
     for index, piece in enumerate(extension.pieces, 32007):
         ids = after.encode("\n" + piece.replace("▁", " "))
         assert ids[-1] == index and len(ids) == 3, (piece, ids)  # the dummy blank, the newline, the piece
@@ -190,7 +192,7 @@ PLAIN = [
 
 
 def test_auto_tokenizer_equals_sentencepiece(forms):
-    before, after, auto = forms
+    _before, after, auto = forms
     for text in [*PLAIN, *ARABIC_TEXTS, *ENGLISH_TEXTS]:
         assert auto.encode(text) == after.encode(text), repr(text)
         assert auto.decode(after.encode(text)) == text == after.decode(after.encode(text))
@@ -261,8 +263,13 @@ def test_digits_and_punctuation_only_enter_alone(tmp_path):
 def tiny_model(tmp_path, **options):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
-    settings = dict(vocab_size=300, model_type="bpe", byte_fallback=True, hard_vocab_limit=False)
-    settings |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    settings: dict[str, Any] = {
+        "vocab_size": 300,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+    }
+    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.Train(
         input=str(text), model_prefix=str(tmp_path / "m"), **settings | options
     )
@@ -281,10 +288,10 @@ def test_a_base_without_the_blank_in_front(tmp_path):
 
 
 BAD_BASES = [
-    (dict(model_type="unigram"), "type is UNIGRAM, expected BPE"),
-    (dict(byte_fallback=False), "no byte fallback"),
-    (dict(normalization_rule_name="nmt_nfkc"), "rewrites text"),
-    (dict(treat_whitespace_as_suffix=True), "suffixes"),
+    ({"model_type": "unigram"}, "type is UNIGRAM, expected BPE"),
+    ({"byte_fallback": False}, "no byte fallback"),
+    ({"normalization_rule_name": "nmt_nfkc"}, "rewrites text"),
+    ({"treat_whitespace_as_suffix": True}, "suffixes"),
 ]
 
 
@@ -298,22 +305,22 @@ def test_a_base_that_cannot_be_extended(tmp_path, options, message):
 
 
 FAULTS = [
-    (dict(texts=[]), "corpus is empty"),
-    (dict(texts=["", "  "]), "corpus is empty"),
-    (dict(texts=["only English", "here"]), "no Arabic letter"),
-    (dict(pieces=100000), r"100000 pieces were asked for, but the corpus holds \d+"),
-    (dict(pieces=0), "at least 1"),
-    (dict(texts=["كتاب", "a\udcff"]), "text 2, character 1: a lone surrogate"),
-    (dict(marks="drop"), "marks is 'drop', expected 'keep' or 'strip'"),
-    (dict(special_tokens=("<s>",)), "already in the base"),
-    (dict(special_tokens=("<|im_end|>", "<|pad|>", "<|pad|>")), "given twice"),
-    (dict(pad_token="<|nothing|>"), "pad_token is '<|nothing|>', expected one of"),
+    ({"texts": []}, "corpus is empty"),
+    ({"texts": ["", "  "]}, "corpus is empty"),
+    ({"texts": ["only English", "here"]}, "no Arabic letter"),
+    ({"pieces": 100000}, r"100000 pieces were asked for, but the corpus holds \d+"),
+    ({"pieces": 0}, "at least 1"),
+    ({"texts": ["كتاب", "a\udcff"]}, "text 2, character 1: a lone surrogate"),
+    ({"marks": "drop"}, "marks is 'drop', expected 'keep' or 'strip'"),
+    ({"special_tokens": ("<s>",)}, "already in the base"),
+    ({"special_tokens": ("<|im_end|>", "<|pad|>", "<|pad|>")}, "given twice"),
+    ({"pad_token": "<|nothing|>"}, "pad_token is '<|nothing|>', expected one of"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), FAULTS)
 def test_faults_speak_and_write_nothing(tmp_path, change, message):
-    arguments = dict(texts=["كتاب كتاب كتاب"], pieces=3) | change
+    arguments = {"texts": ["كتاب كتاب كتاب"], "pieces": 3} | change
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         extend(BASE, arguments.pop("texts"), out_dir=tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []

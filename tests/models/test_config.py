@@ -1,0 +1,151 @@
+import dataclasses
+
+import pytest
+
+from ain_jax.models.config import ModelConfig, TextConfig, VisionConfig, from_hf, qwen2_vl_7b, tiny, to_hf
+from ain_jax.models.multimodal import parameter_count
+
+# config.json of Qwen2-VL-7B-Instruct as published.
+PUBLISHED = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2_vl",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vocab_size": 152064,
+}
+NESTED = {  # as transformers 5 saves it
+    "model_type": "qwen2_vl",
+    "tie_word_embeddings": False,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "text_config": {
+        "model_type": "qwen2_vl_text",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "layer_types": ["full_attention"] * 28,
+        "sliding_window": None,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "pad_token_id": None,
+        "rope_parameters": {"mrope_section": [16, 24, 24], "rope_theta": 1000000.0, "rope_type": "default"},
+    },
+    "vision_config": {
+        "model_type": "qwen2_vl_vision",
+        "depth": 32,
+        "embed_dim": 1280,
+        "hidden_size": 3584,
+        "hidden_act": "quick_gelu",
+        "in_channels": 3,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
+    },
+}
+
+
+def test_the_named_size_has_the_published_number_of_parameters():
+    assert parameter_count(qwen2_vl_7b()) == 8_291_375_616
+
+
+def test_a_tied_head_counts_once():
+    tied, untied = tiny(tied=True), tiny(tied=False)
+    assert parameter_count(untied) - parameter_count(tied) == tied.text.vocabulary * tied.text.width
+
+
+@pytest.mark.parametrize("attributes", [PUBLISHED, NESTED], ids=["flat", "nested"])
+def test_published_layouts_are_read(attributes):
+    assert from_hf(attributes) == qwen2_vl_7b()
+
+
+@pytest.mark.parametrize("config", [qwen2_vl_7b(), tiny(), tiny(tied=False, norm_eps=1e-5)])
+def test_written_and_read_again(config):
+    assert from_hf(to_hf(config)) == config
+
+
+def test_rotary_settings_are_written_in_both_spellings():
+    written = to_hf(tiny())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 10_000.0
+    assert written["rope_scaling"] == {"type": "mrope", "mrope_section": [2, 1, 1]}
+    assert written["rope_parameters"]["mrope_section"] == [2, 1, 1]
+    assert "text_config" not in written  # transformers 4.51 refuses it
+
+
+def test_every_attribute_that_is_not_handled_is_named():
+    odd = PUBLISHED | {"hiden_size": 4096, "use_sliding_window": True, "hidden_act": "gelu"}
+    odd["rope_scaling"] = {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}
+    odd["vision_config"] = PUBLISHED["vision_config"] | {"fullatt_block_indexes": [7]}
+    with pytest.raises(ValueError) as error:
+        from_hf(odd)
+    for words in ("hiden_size=4096", "did you mean hidden_size", "use_sliding_window=True; expected False"):
+        assert words in str(error.value)
+    for words in ("hidden_act='gelu'", "'yarn'", "factor=4.0", "vision_config.fullatt_block_indexes=[7]"):
+        assert words in str(error.value)
+
+
+def test_another_family_is_refused():
+    with pytest.raises(ValueError, match="model_type='llama'; expected 'qwen2_vl'"):
+        from_hf(PUBLISHED | {"model_type": "llama"})
+
+
+def test_a_config_without_a_place_in_the_published_layout_is_not_written():
+    with pytest.raises(ValueError, match="head_width=16, but Qwen2-VL has width / heads = 8"):
+        to_hf(tiny(head_width=16, mrope_section=(4, 2, 2)))
+    with pytest.raises(ValueError, match="without an image encoder"):
+        to_hf(tiny(vision=False))
+
+
+def test_impossible_sizes_are_refused_together():
+    text = tiny().text
+    with pytest.raises(ValueError, match="heads=4 is no multiple of kv_heads=3.*mrope_section=\\(1, 1, 1\\)"):
+        dataclasses.replace(text, kv_heads=3, mrope_section=(1, 1, 1))
+    with pytest.raises(ValueError, match="head width divisible by 4"):
+        VisionConfig(width=20, layers=1, heads=2, mlp_width=80)
+    with pytest.raises(ValueError, match="image_token_id=700 lies outside the vocabulary of 192"):
+        dataclasses.replace(tiny(), image_token_id=700)
+
+
+def test_a_text_model_needs_no_picture_ids():
+    text = TextConfig(vocabulary=32, width=16, mlp_width=32, layers=1, heads=2, kv_heads=2, head_width=8)
+    assert ModelConfig(text).vision is None

@@ -1,0 +1,158 @@
+"""The joined model against itself: packed and alone, rematerialised or not; transformers is compared in tests/parity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ain_jax.data.positions import mrope_positions, patch_positions
+from ain_jax.generate import Prompt, rows_of
+from ain_jax.models.config import tiny
+from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
+
+CONFIG = tiny(tied=False)
+S, E, I = CONFIG.vision_start_token_id, CONFIG.vision_end_token_id, CONFIG.image_token_id
+CONVERSATIONS = (  # tokens, grids of their pictures
+    ([5, 6, S] + [I] * 6 + [E, 7, 8, S] + [I] * 2 + [E, 9], [(1, 4, 6), (1, 4, 2)]),
+    ([10, 11, 12, 13], []),
+    ([14, S] + [I] * 4 + [E, 15, 16], [(1, 2, 8)]),
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Larger than at the start of training, so that every part of the model is felt in the hidden states.
+    return jax.tree.map(lambda x: 1.5 * x + 0.1, init_params(CONFIG, jax.random.key(0)))
+
+
+def patches_of(seed, grids):
+    count = sum(int(np.prod(grid)) for grid in grids)
+    return np.random.default_rng(seed).normal(size=(count, CONFIG.vision.patch_values)).astype(np.float32)
+
+
+def packed_row(L=48, P=64):
+    """All conversations in one row, laid by hand, with padding behind."""
+    arrays = {
+        "tokens_BL": np.zeros((1, L), np.int32),
+        "segments_BL": np.zeros((1, L), np.int32),
+        "positions_3BL": np.zeros((3, 1, L), np.int32),
+        "feature_index_BL": np.full((1, L), -1, np.int32),
+        "patches_BPC": np.zeros((1, P, CONFIG.vision.patch_values), np.float32),
+        "patch_positions_BP2": np.zeros((1, P, 2), np.int32),
+        "patch_segments_BP": np.zeros((1, P), np.int32),
+    }
+    at = patch = picture = 0
+    spans = []
+    for number, (tokens, grids) in enumerate(CONVERSATIONS):
+        here = slice(at, at + len(tokens))
+        spans.append(here)
+        is_picture = np.array(tokens) == I
+        arrays["tokens_BL"][0, here] = tokens
+        arrays["segments_BL"][0, here] = number + 1
+        arrays["positions_3BL"][:, 0, here] = mrope_positions(tokens, grids, I)
+        arrays["feature_index_BL"][0, here][is_picture] = patch // 4 + np.arange(is_picture.sum())
+        patches, done = patches_of(number, grids), 0
+        for grid in grids:
+            count, picture = int(np.prod(grid)), picture + 1
+            there = slice(patch, patch + count)
+            arrays["patches_BPC"][0, there] = patches[done : done + count]
+            arrays["patch_positions_BP2"][0, there] = patch_positions(grid)
+            arrays["patch_segments_BP"][0, there] = picture
+            patch, done = patch + count, done + count
+        at += len(tokens)
+    return arrays, spans
+
+
+def alone(number):
+    tokens, grids = CONVERSATIONS[number]
+    prompt = Prompt(np.array(tokens), patches_of(number, grids) if grids else None, tuple(grids))
+    arrays = rows_of([prompt], CONFIG, 1, len(tokens), sum(int(np.prod(grid)) for grid in grids))
+    return {name: array for name, array in arrays.items() if name not in ("length_B", "next_position_B")}
+
+
+@pytest.mark.parametrize("settings", [{}, {"longest_image": 24}], ids=["whole", "in bands"])
+def test_packed_conversations_equal_the_conversations_alone(params, settings):
+    arrays, spans = packed_row()
+    hidden_LD = np.asarray(MultimodalModel(CONFIG, **settings).apply({"params": params}, **arrays))[0]
+    assert np.isfinite(hidden_LD).all()
+    for number, span in enumerate(spans):
+        expected_LD = MultimodalModel(CONFIG).apply({"params": params}, **alone(number))[0]
+        np.testing.assert_allclose(hidden_LD[span], expected_LD, atol=1e-5)
+
+
+def test_a_picture_longer_than_promised_is_not_cut(params):
+    arrays, _ = packed_row()
+    hidden = MultimodalModel(CONFIG, longest_image=16).apply({"params": params}, **arrays)
+    assert np.isnan(hidden).any()
+
+
+def test_without_patches_the_image_encoder_is_not_run(params):
+    arrays = {name: packed_row()[0][name] for name in ("tokens_BL", "segments_BL", "positions_3BL")}
+    text_only = {"model": params["model"], "lm_head": params["lm_head"]}
+    hidden = MultimodalModel(CONFIG).apply({"params": text_only}, **arrays)
+    assert hidden.shape == (1, 48, CONFIG.text.width)
+
+
+def test_logits_may_be_asked_for_at_some_positions(params):
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, CONFIG.text.width)), jnp.float32)
+    model = MultimodalModel(CONFIG)
+    logits_BLV = model.apply({"params": params}, hidden, method="logits")
+    logits_V = model.apply({"params": params}, hidden[1, 2], method="logits")
+    np.testing.assert_allclose(logits_BLV[1, 2], logits_V, atol=1e-5)
+
+
+def test_rematerialised_layers_give_the_same_gradients(params):
+    arrays, _ = packed_row()
+
+    def gradients(remat):
+        def loss(p):
+            return jnp.mean(jnp.square(MultimodalModel(CONFIG, remat=remat).apply({"params": p}, **arrays)))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain, full = gradients("none"), gradients("full")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves({"v": plain["visual"], "l": plain["model"]["layers"]}))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(full), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-4)
+
+
+def test_bfloat16_stays_near_float32(params):
+    arrays, spans = packed_row()
+    exact, rough = (MultimodalModel(CONFIG, dtype).apply({"params": params}, **arrays) for dtype in (jnp.float32, jnp.bfloat16))
+    assert rough.dtype == jnp.bfloat16
+    difference = np.asarray(exact - rough.astype(jnp.float32))[0, : spans[-1].stop]
+    assert 1e-4 < np.abs(difference).mean() < 0.1
+
+
+def test_every_parameter_has_a_shape_and_a_name_for_each_axis():
+    shapes, names = abstract_params(CONFIG), axis_names(CONFIG)
+    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+    assert jax.tree.structure(shapes) == jax.tree.structure(names, is_leaf=is_names)
+    for shape, axes in zip(jax.tree.leaves(shapes), jax.tree.leaves(names, is_leaf=is_names), strict=True):
+        assert len(shape.shape) == len(axes) and all(axes)
+    assert names["model"]["layers"]["self_attn"]["q_proj"]["weight"] == ("layers", "embed", "heads", "head")
+    assert type(shapes) is dict and type(shapes["visual"]["merger"]["mlp"]["0"]) is dict
+
+
+def test_fresh_parameters_follow_the_key_and_start_quietly():
+    config = tiny(vocabulary=512, width=128, layers=4)
+    first, again, other = (init_params(config, jax.random.key(seed)) for seed in (0, 0, 1))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, again)))
+    assert not np.array_equal(first["model"]["embed_tokens"]["weight"], other["model"]["embed_tokens"]["weight"])
+    layers = np.asarray(first["model"]["layers"]["self_attn"]["q_proj"]["weight"])
+    assert not np.array_equal(layers[0], layers[1])  # each layer draws its own
+    tokens = np.arange(64, dtype=np.int32)[None]
+    positions = np.broadcast_to(tokens, (3, 1, 64))
+    model = MultimodalModel(config)
+    hidden = model.apply({"params": first}, tokens, np.ones_like(tokens), positions)
+    logits = model.apply({"params": first}, hidden, method="logits")
+    assert float(jnp.std(logits)) < 0.5  # so that the first loss is near log V
+
+
+def test_wrong_patches_are_refused(params):
+    arrays, _ = packed_row()
+    with pytest.raises(ValueError, match=r"patches of 95 values, but the tower reads 96 = 3 channels x 2 frames x 4 x 4"):
+        MultimodalModel(CONFIG).apply({"params": params}, **(arrays | {"patches_BPC": arrays["patches_BPC"][:, :, :95]}))
+    fewer = {name: arrays[name][:, :63] for name in ("patches_BPC", "patch_positions_BP2", "patch_segments_BP")}
+    with pytest.raises(ValueError, match="63 patches per row cannot be merged 2 x 2"):
+        MultimodalModel(CONFIG).apply({"params": params}, **(arrays | fewer))
