@@ -39,6 +39,12 @@ class Experiment:
     seed: int = 0
     description: str = ""
 
+    def __post_init__(self):
+        if self.name != Path(self.name).name or not self.name:
+            raise ValueError(f"name = {self.name!r}: expected the name of a folder, which runs/ will hold")
+        if not self.stages:
+            raise ValueError("stages = (): expected one stage or more")
+
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
@@ -70,7 +76,7 @@ class _Delegate(config_parser.ParserDelegate):
             "written as %name"
         )
 
-    def macro(self, macro_name):
+    def macro(self, macro_name):  # pyright: ignore[reportIncompatibleMethodOverride]
         return Macro(macro_name)
 
 
@@ -89,7 +95,8 @@ def find_experiment(name: str, folder: Path) -> Path:
     if as_path.suffix == ".gin" or len(as_path.parts) > 1:
         if as_path.is_file():
             return as_path
-        raise ExperimentError(f"no experiment file {name}: give the path of a .gin file or a name in {folder}/")
+        hint = _beside(as_path) or f"give the path of a .gin file or a name in {folder}/"
+        raise ExperimentError(f"no experiment file {name}: {hint}")
     path = folder / f"{name}.gin"
     if path.is_file():
         return path
@@ -97,6 +104,12 @@ def find_experiment(name: str, folder: Path) -> Path:
     if not known:
         raise ExperimentError(f"no experiment {name!r}: {folder}/ holds no .gin file")
     raise ExperimentError(f"no experiment {name!r} in {folder}/: {nearest(name, known)}")
+
+
+def _beside(path: Path) -> str:
+    """The experiment file nearest in name to one that is not there; nothing where its folder holds none."""
+    known = sorted(p.name for p in path.parent.glob("*.gin"))
+    return nearest(path.name, known) if known else ""
 
 
 def read_bindings(path: Path, _including: tuple[Path, ...] = ()) -> list[Binding]:
@@ -117,8 +130,10 @@ def read_bindings(path: Path, _including: tuple[Path, ...] = ()) -> list[Binding
         if isinstance(statement, config_parser.IncludeStatement):
             included = path.parent / statement.filename
             if not included.is_file():
+                hint = _beside(included)
                 raise ExperimentError(
                     f"{where}: include {statement.filename!r}: no such file beside {path.name} ({included})"
+                    + (f"; {hint}" if hint else "")
                 )
             bindings += read_bindings(included, (*_including, resolved))
         elif isinstance(statement, config_parser.BindingStatement):
@@ -137,8 +152,9 @@ def parse_override(text: str) -> Binding:
         statements = list(_statements(text + "\n", where))
     except ExperimentError:
         key, value = text.split("=", 1)
+        key, value = key.strip(), value.strip()
         raise ExperimentError(
-            f"{where}: {value.strip()!r} is not a gin value; text is written in quotes: {key.strip()}=\"{value.strip()}\""
+            f"{where}: {value!r} is not a gin value; text is written in quotes: {key}=\"{value}\""
         ) from None
     if len(statements) != 1 or not isinstance(statements[0], config_parser.BindingStatement):
         raise ExperimentError(f"{where}: expected one binding, [stage/]Class.name=value")
@@ -174,8 +190,11 @@ class Resolved:
     def stage(self, name: str) -> Mapping[str, Any]:
         return self.settings[name]
 
-    def text(self) -> str:
-        """The operative configuration: every value in force, as a gin file that resolves to the same settings."""
+    def text(self, origins: bool = True) -> str:
+        """The operative configuration: every value in force, as a gin file that resolves to the same settings.
+
+        With `origins`, a comment says which line bound a value.
+        """
         lines = [f"# {self.experiment.name}: every value in force; a comment says which line bound it"]
         groups = [("", self.experiment)]
         for stage in self.experiment.stages:
@@ -185,7 +204,7 @@ class Resolved:
             for field in dataclasses.fields(value):
                 key = f"{scope}{type(value).__name__}.{field.name}"
                 origin = self.origin.get(key)
-                comment = f"  # {origin}" if origin else ""
+                comment = f"  # {origin}" if origin and origins else ""
                 lines.append(f"{key} = {_literal(getattr(value, field.name))}{comment}")
         return "\n".join(lines) + "\n"
 
@@ -219,12 +238,18 @@ def resolve(
             faults.append(f"{binding.where}: {fault}")
             continue
         chosen[binding.scope, binding.selector, binding.argument] = binding
+    for binding in bindings:  # of stages that do not run, too
+        try:
+            _expand(binding.value, macros)
+        except ExperimentError as error:
+            faults.append(f"{binding.where}: {error}")
 
     def fill(cls: type, scope: str) -> Any:
         hints = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            binding = chosen.get((scope, cls.__name__, field.name)) or chosen.get((EVERY_STAGE, cls.__name__, field.name))
+            name = (cls.__name__, field.name)
+            binding = chosen.get((scope, *name)) or chosen.get((EVERY_STAGE, *name))
             if binding is None:
                 if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                     key = f"{scope}/{cls.__name__}" if scope else cls.__name__
@@ -260,7 +285,8 @@ def resolve(
             settings[stage] = {cls.__name__: fill(cls, stage) for cls in stages[stage]}
     in_force = set(origin.values())
     for binding in overrides:
-        if binding.argument and not faults and binding.where not in in_force:
+        latest = chosen.get((binding.scope, binding.selector, binding.argument)) is binding
+        if latest and not faults and binding.where not in in_force:
             own = sorted(k for k in origin if k.endswith(f"/{binding.selector}.{binding.argument}"))
             faults.append(f"{binding.where} changes nothing: " + (f"bound by stage as {', '.join(own)}; name the stage"
                           if own else f"no stage of {experiment.name if experiment else 'this experiment'} reads it"))
@@ -309,7 +335,8 @@ def _expand(value: Any, macros: Mapping[str, Any], _seen: tuple[str, ...] = ()) 
         if value.name in _seen:
             raise ExperimentError(f"the macro %{value.name} refers to itself")
         if value.name not in macros:
-            raise ExperimentError(f"no macro %{value.name}: {nearest(value.name, list(macros)) if macros else 'none is set'}")
+            hint = nearest(value.name, list(macros)) if macros else "none is set"
+            raise ExperimentError(f"no macro %{value.name}: {hint}")
         return _expand(macros[value.name], macros, (*_seen, value.name))
     expand = functools.partial(_expand, macros=macros, _seen=_seen)
     if isinstance(value, (list, tuple)):
@@ -353,10 +380,12 @@ def _typed(value: Any, wanted: Any, key: str) -> Any:
         raise refusal
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if wanted is int and isinstance(value, bool) or not isinstance(value, wanted):
+    if (wanted is int and isinstance(value, bool)) or not isinstance(value, wanted):
         raise refusal
     return value
 
 
 def _type_name(wanted: Any) -> str:
-    return getattr(wanted, "__name__", str(wanted)) if not typing.get_args(wanted) else str(wanted).replace("typing.", "")
+    if typing.get_args(wanted):
+        return str(wanted).replace("typing.", "").replace("collections.abc.", "")
+    return getattr(wanted, "__name__", str(wanted))

@@ -2,8 +2,9 @@
 
     python -m ain_jax.generate --model FOLDER --image page.png "اقرأ النص"
 
-The layers are those of training. They ask an `attend` function what to attend to (`models/text.py`): a prompt is read with
-packed attention that also hands back each layer's keys and values; each new token then attends to these and writes its own.
+The layers are those of training. They ask an `attend` function what to attend to (`models/text.py`): a prompt is read
+with packed attention that also hands back each layer's keys and values; each new token then attends to these and writes
+its own.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from ain_jax.models.multimodal import MultimodalModel
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, each picture's placeholders repeated as often as it has features, and the pictures' patches in order."""
+    """Token ids, with each picture's placeholder repeated as often as it has features, and all pictures' patches."""
 
     tokens_L: Any
     patches_PC: np.ndarray | None = None
@@ -34,7 +35,7 @@ class Prompt:
 
 
 def prompt_with_images(tokens_L: Sequence[int], images: Iterable[Any], settings: ImageSettings) -> Prompt:
-    """The prompt of ids that already hold each picture's placeholders, with the pictures (PIL or encoded) cut to patches."""
+    """The prompt of ids that already hold each picture's placeholders; the pictures (PIL or encoded) cut to patches."""
     cut = [preprocess(image, settings) for image in images]
     if not cut:
         return Prompt(np.asarray(tokens_L))
@@ -56,8 +57,8 @@ def generate(
     """The new ids of each prompt, in the order of the prompts and without the stop id that ended them.
 
     Greedy at temperature 0, else drawn; what a prompt draws depends on `seed` and on its place, not on its neighbours.
-    Prompts of like length run together, `rows` at a time, in arrays of a few sizes, so that few shapes are compiled: lengths
-    are powers of two, and patches are the power of two that holds every prompt's.
+    Prompts of like length run together, `rows` at a time, in arrays of a few sizes, so that few shapes are compiled:
+    lengths are powers of two, and patches are the power of two that holds every prompt's.
     """
     _check(prompts, config, max_new_tokens)
     if not prompts or max_new_tokens < 1:
@@ -65,7 +66,7 @@ def generate(
     patches = _bucket(max(0 if prompt.patches_PC is None else len(prompt.patches_PC) for prompt in prompts))
     shapes = [(_bucket(len(prompt.tokens_L)), 0 if prompt.patches_PC is None else patches) for prompt in prompts]
     B = min(rows, 1 << (len(prompts) - 1).bit_length())
-    stop_Z = jnp.asarray(list(stop_ids) or [-1], jnp.int32)
+    stop_Z = jnp.asarray([*stop_ids] + [-1] * (8 - len(stop_ids)), jnp.int32)  # of one size, so as not to compile again
     run = _compiled(config, max_new_tokens, temperature > 0, jnp.dtype(dtype).name)
     waiting: list[tuple[list[int], Any]] = []
     for shape in sorted(set(shapes)):
@@ -74,7 +75,9 @@ def generate(
             chosen = members[start : start + B]
             arrays = rows_of([prompts[i] for i in chosen], config, B, *shape)
             place_B = np.array(chosen + [0] * (B - len(chosen)), np.int32)
-            waiting.append((chosen, run(params, arrays, place_B, stop_Z, jnp.float32(temperature), jax.random.key(seed))))
+            waiting.append(
+                (chosen, run(params, arrays, place_B, stop_Z, jnp.float32(temperature), jax.random.key(seed)))
+            )
     results: list[list[int]] = [[] for _ in prompts]
     for chosen, (new_BT, count_B) in waiting:  # fetched after all are dispatched: the device does not wait for the host
         new_BT, count_B = np.asarray(new_BT), np.asarray(count_B)
@@ -92,7 +95,9 @@ def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arra
     """(new_BT, count_B): the ids of each row, and how many of them come before its stop id."""
     model = MultimodalModel(config, jnp.dtype(dtype))
     apply = partial(model.apply, {"params": params})
-    segments_BL, length_B, next_position_B = (arrays.pop(name) for name in ("segments_BL", "length_B", "next_position_B"))
+    segments_BL, length_B, next_position_B = (
+        arrays.pop(name) for name in ("segments_BL", "length_B", "next_position_B")
+    )
     positions_3BL = arrays.pop("positions_3BL")
     B, L = segments_BL.shape
     T = max_new_tokens
@@ -102,7 +107,7 @@ def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arra
         return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, causal=True), (k_BLKH, v_BLKH)
 
     def choose(hidden_BD, step):
-        logits_BV = apply(hidden_BD, method="logits")
+        logits_BV: Any = apply(hidden_BD, method="logits")
         if not sampled:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         step_keys_B = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys_B)
@@ -141,7 +146,9 @@ def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arra
         x_B1D = apply(token_B[:, None], method="embed")
         hidden_B1D, new = apply(x_B1D, position_3B1, attend, cache, method="decode")
         # One write for all layers, in place: the scan over the layers reads the cache and hands back one slot of each.
-        cache = jax.tree.map(lambda old, slice_: jax.lax.dynamic_update_slice_in_dim(old, slice_, slot, axis=2), cache, new)
+        cache = jax.tree.map(
+            lambda old, slice_: jax.lax.dynamic_update_slice_in_dim(old, slice_, slot, axis=2), cache, new
+        )
         token_B = choose(hidden_B1D[:, 0], step + 1)
         return step + 1, token_B, new_BT, count_B, done_B | stops(token_B), cache
 

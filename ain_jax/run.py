@@ -35,7 +35,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     """What was asked for on the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exp", required=True, help="an experiment: a name in experiments/, or the path of a .gin file")
+    parser.add_argument("--exp", required=True, help="a name in experiments/, or the path of a .gin file")
     parser.add_argument("--run_dir", type=Path, help="where everything is written (default: runs/NAME)")
     parser.add_argument("--stage", help="run this one stage")
     parser.add_argument("--set", action="append", default=[], metavar="BINDING", dest="overrides",
@@ -139,8 +139,8 @@ def _speed(path: Path) -> int | None:
 def _lines(resolved: Resolved, stage: str) -> list[str]:
     """The settings of a stage that its numbers depend on, one a line, without the comments."""
     keep = (f"{stage}/", "Experiment.seed")
-    lines = [line.partition("  # ")[0] for line in resolved.text().splitlines() if line.startswith(keep)]
-    return [line for line in lines if not any(name in line.partition(" = ")[0] for name in NEUTRAL)]
+    lines = [line for line in resolved.text(origins=False).splitlines() if line.startswith(keep)]
+    return [line for line in lines if not line.partition(" = ")[0].endswith(NEUTRAL)]
 
 
 def _check_folder(resolved: Resolved, root: Path) -> None:

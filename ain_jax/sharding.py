@@ -19,7 +19,7 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
     "vision_embed": "fsdp",
     "vision_heads": "tensor",
     "vision_mlp": "tensor",
-    "vision_merged": "tensor",
+    "vision_merged": "fsdp",
 }
 
 
@@ -53,10 +53,10 @@ def make_mesh(settings: Mesh) -> jax.sharding.Mesh:
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
     """Where the axes of an array lie. A mesh axis is used once, and only where it divides the array's axis."""
     used: set[str] = set()
-    entries = []
+    entries: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         rule = RULES.get(axis, ()) if axis else ()
-        wanted = (rule,) if isinstance(rule, str) else rule
+        wanted: tuple[str, ...] = (rule,) if isinstance(rule, str) else rule
         twice = used.intersection(wanted)
         if twice:
             raise ValueError(f"axes {axes}: mesh axis {sorted(twice)[0]!r} would be used twice; change sharding.RULES")
@@ -71,7 +71,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.shardin
 
 def shardings(axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
     """A NamedSharding for each leaf of `shapes`, from the tree of axis names beside it."""
-    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    is_axes = lambda x: isinstance(x, tuple)
     return jax.tree.map(lambda a, s: NamedSharding(mesh, spec(a, s.shape, mesh)), axes, shapes, is_leaf=is_axes)
 
 

@@ -68,7 +68,10 @@ class Examples:
             if len(grids_m3):
                 assert settings is not None, "pictures need image settings"
                 record = self.records[int(self.record_S[s])]
-                pictures = [images.preprocess(picture, settings)[0] for picture in record.images]
+                try:
+                    pictures = [images.preprocess(picture, settings)[0] for picture in record.images]
+                except ValueError as error:
+                    raise ValueError(f"record {record.id}: {error}") from None
                 fields = {
                     "is_picture_L": tokens_L == image_token,
                     "patches_PK": np.concatenate(pictures),
@@ -110,7 +113,7 @@ def tokenise(
             _tokenise_batch(batch, start, tokenizer, settings, row_tokens, columns)
         cache.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".tmp.npz")
-        np.savez(beside, **columns.arrays())
+        np.savez(beside, **columns.arrays())  # pyright: ignore[reportArgumentType]
         beside.replace(path)
     with np.load(path) as arrays:
         columns = {k: arrays[k] for k in arrays.files}
@@ -218,16 +221,17 @@ def _with_rejected(record: Record) -> Record:
 
 
 def _windows(ids: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    """Consecutive stretches of at most `length` tokens, of nearly equal size; one that holds a single token is none."""
-    count = -(-len(ids) // length)
-    for part in np.array_split(ids, max(count, 1)):
-        if len(part) > 1:
-            yield part
+    """Stretches of at most `length` tokens, of nearly equal size. Each begins with the last token of the one before,
+    so that every token but the very first is predicted once: 1 2 3 4 5 6 in windows of 4 is 1 2 3 4 and 4 5 6.
+    """
+    count = -(-(len(ids) - 1) // max(length - 1, 1))
+    for part in np.array_split(np.arange(1, len(ids)), count) if count else ():
+        yield ids[part[0] - 1 : part[-1] + 1]
 
 
 def _grid(picture: bytes, settings: images.ImageSettings | None, record: str) -> tuple[int, int, int]:
     if settings is None:
-        raise ValueError(f"record {record} holds pictures, and this stage reads none: take its source out of the mixture")
+        raise ValueError(f"record {record} holds pictures, and this stage reads none: take its source out of Mixture")
     try:
         with Image.open(io.BytesIO(picture)) as opened:
             return images.image_grid(opened.width, opened.height, settings)

@@ -1,4 +1,4 @@
-"""Picture -> patches, grid, and the number of placeholder tokens it takes; equal to Qwen2-VL's processor bit for bit."""
+"""Picture -> patches, grid and number of placeholder tokens; equal to Qwen2-VL's processor bit for bit."""
 
 import io
 import math
@@ -87,15 +87,16 @@ def open_image(image: Image.Image | bytes) -> Image.Image:
         return Image.open(io.BytesIO(image))
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(
-            f"{len(image)} bytes beginning with {image[:8]!r} are no picture that Pillow reads; expected PNG or JPEG: {error}"
+            f"{len(image)} bytes beginning with {image[:8]!r} are no picture that Pillow reads; "
+            f"expected PNG or JPEG: {error}"
         ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture in three colours, transparent parts on white, as transformers 5 does it.
 
-    transformers 4.51 drops the transparency instead and shows what lies under it: for the same pixels everywhere, hand on
-    pictures without transparency.
+    transformers 4.51 drops the transparency instead and shows what lies under it: for the same pixels everywhere,
+    hand on pictures without transparency.
     """
     try:
         if "A" in image.getbands() or image.info.get("transparency") is not None:

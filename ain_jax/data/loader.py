@@ -28,6 +28,13 @@ class Rows:
     reference_RN2: np.ndarray | None = None  # log-probabilities under the frozen policy, by row
 
     def __post_init__(self):
+        for examples in self.sources:
+            odd_E = np.flatnonzero(np.diff(examples.first_E) != (2 if self.pairs else 1))
+            if len(odd_E):
+                record = examples.records[int(examples.record_S[examples.first_E[odd_E[0]]])]
+                why = ("has no rejected answer, and this stage compares pairs" if self.pairs else
+                       "is a preference pair, and this stage would learn its rejected answer too")
+                raise ValueError(f"record {record.id} {why}: take its source out of Mixture.weights")
         names = self.groups
         tables = [np.array([names.index(g) for g in s.groups], np.int32) for s in self.sources]
         object.__setattr__(self, "_group_tables", tables)
@@ -55,8 +62,8 @@ class Rows:
         if self.pairs:
             row["pair_groups_BN"] = np.full(self.plan.max_units, -1, np.int32)
             row["pair_groups_BN"][: len(groups)] = groups
-            reference = self.reference_RN2
-            row["reference_BN2"] = np.zeros((self.plan.max_units, 2), np.float32) if reference is None else reference[index]
+            none_N2 = np.zeros((self.plan.max_units, 2), np.float32)
+            row["reference_BN2"] = none_N2 if self.reference_RN2 is None else self.reference_RN2[index]
         return row
 
 
@@ -71,6 +78,12 @@ def batches(
     processes, process = jax.process_count(), jax.process_index()
     if rows_per_batch % processes:
         raise ValueError(f"Trainer.rows = {rows_per_batch} cannot be shared by {processes} processes equally")
+    if sharding is not None:
+        try:
+            sharding.shard_shape((rows_per_batch,))
+        except ValueError:
+            raise ValueError(f"a batch of {rows_per_batch} rows cannot be laid over the devices equally ({sharding}): "
+                             "change the rows of a batch (Trainer.rows, Evaluation.rows), or Mesh") from None
     local = rows_per_batch // processes
     steps = -(-len(rows) // rows_per_batch)
     source = _Steps(rows, rows_per_batch, process * local, local)
@@ -91,7 +104,7 @@ class _Steps(grain.transforms.Map):
     first: int
     count: int
 
-    def map(self, element):
+    def map(self, element):  # pyright: ignore[reportIncompatibleMethodOverride]
         begin = int(element) * self.rows_per_batch + self.first
         laid = [self.rows[i] if i < len(self.rows) else None for i in range(begin, begin + self.count)]
         pattern = next((r for r in laid if r is not None), None) or self.rows[0]

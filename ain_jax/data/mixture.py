@@ -48,7 +48,8 @@ def draw(sizes: Sequence[int], shares: Sequence[float], seed: int, count: int) -
     for source, (size, share) in enumerate(zip(sizes, shares, strict=True)):
         if not size:
             raise ValueError(f"source {source} of the mixture has no examples; take it out of Mixture.weights")
-        needed = int(np.ceil(share * count)) + 1
+        # By time count + sources / 2 all draws asked for have come: each source is behind by half a draw at most.
+        needed = int(np.ceil(share * (count + len(sizes) / 2))) + 1
         epochs = [np.random.default_rng([seed, source, e]).permutation(size) for e in range(-(-needed // size))]
         times.append((np.arange(needed) + 0.5) / share)
         draws.append(np.stack([np.full(needed, source), np.concatenate(epochs)[:needed]], axis=1))

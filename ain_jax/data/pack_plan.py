@@ -7,7 +7,6 @@ batch, because row r is the same wherever it is laid.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +57,7 @@ def plan(
 def fingerprint(sources, mixture, packing, rows, seed) -> str:
     """A digest of everything that the plan depends on: data, tokenizer, budgets, weights, seed, length."""
     what = {
-        "sources": {name: examples.fingerprint for name, examples in sources.items()},
+        "sources": [[name, examples.fingerprint] for name, examples in sources.items()],  # units count them in order
         "mixture": None if mixture is None else [dict(mixture.weights), mixture.by],
         "packing": dataclasses.asdict(packing),
         "rows": rows,
@@ -72,7 +71,7 @@ def _make(sources, mixture, packing, rows, seed, mark) -> PackPlan:
     for name, sizes_E3 in sizes.items():
         silent = np.flatnonzero(sizes_E3[:, 2] == 0)
         if len(silent):
-            raise ValueError(f"source {name}: example {silent[0]} has no token to learn from; check its template and roles")
+            raise ValueError(f"source {name}: example {silent[0]} has no token to learn from; check template and roles")
     if mixture is None:
         units = [(s, e) for s, examples in enumerate(sources.values()) for e in range(len(examples))]
         units_U2 = np.array(units, np.int32).reshape(-1, 2)

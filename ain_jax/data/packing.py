@@ -55,8 +55,8 @@ def pack(sizes: Iterable[Sequence[int]], packing: Packing) -> Iterator[list[int]
             number, size = item[0], np.asarray(item[1], np.int64)
             if (size > budgets).any():
                 raise ValueError(
-                    f"example {number} has {size[0]} tokens, {size[1]} patches and {size[2]} learnt tokens; a row holds "
-                    f"{budgets[0]}, {budgets[1]} and {budgets[2]}: raise Packing's budget or leave the example out"
+                    f"example {number} has {size[0]} tokens, {size[1]} patches and {size[2]} learnt tokens; a row "
+                    f"holds {budgets[0]}, {budgets[1]} and {budgets[2]}: raise Packing's budget, or leave it out"
                 )
             waiting.append((number, size))
         if not waiting:

@@ -29,9 +29,9 @@ def patch_positions(grid: Grid, merge_size: int = 2) -> np.ndarray:
 def mrope_positions(tokens_L, grids: Sequence[Grid], image_token_id: int, merge_size: int = 2) -> np.ndarray:
     """positions_3L: time, height and width of each token of one conversation, as Qwen2-VL counts them.
 
-    Text counts on by one in all three. A picture starts where the text before it ends, stands still in time, and runs over
-    its merged rows and columns; the text after it goes on behind the largest of these. With pictures of grid (1, 4, 6),
-    that is 2 x 3 merged features, marked o:
+    Text counts on by one in all three. A picture starts where the text before it ends, stands still in time, and
+    runs over its merged rows and columns; the text after it goes on behind the largest of these. With a picture of
+    grid (1, 4, 6), that is 2 x 3 merged features, marked o:
 
     tokens  a b o o o o o o c d
     time    0 1 2 2 2 2 2 2 5 6
@@ -48,8 +48,8 @@ def mrope_positions(tokens_L, grids: Sequence[Grid], image_token_id: int, merge_
     expected = [feature_count(grid, merge_size) for grid in grids]
     if found != expected:
         raise ValueError(
-            f"spans of {found} image tokens, but the {len(grids)} pictures take {expected}; each picture needs one span of "
-            "its own, between a vision start and a vision end token"
+            f"spans of {found} image tokens, but the {len(grids)} pictures take {expected}; each picture needs one "
+            "span of its own, between a vision start and a vision end token"
         )
     positions_3L = np.empty((3, len(tokens_L)), np.int32)
     done = after = 0  # tokens placed, and the position of the next text token

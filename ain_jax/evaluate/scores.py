@@ -9,7 +9,7 @@ from rapidfuzz.distance import Levenshtein
 
 
 def letters(answer: str) -> str:
-    """A spelt answer as running text: "ك ت ا ب / ع" -> "كتاب ع"; white space and the form of a code point do not count."""
+    """A spelt answer as running text: "ك ت ا ب / ع" -> "كتاب ع"; white space and Unicode forms do not count."""
     words = "".join(unicodedata.normalize("NFC", answer).split()).split("/")
     return " ".join(word for word in words if word)
 
@@ -20,7 +20,7 @@ def plain(answer: str) -> str:
 
 
 def error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
-    """Edits per character of the references: insertions, deletions and substitutions over the whole set (jiwer's CER)."""
+    """Edits (insertions, deletions, substitutions) per character of the references, over the whole set; jiwer's CER."""
     return float(jiwer.cer(list(references), list(answers)))
 
 

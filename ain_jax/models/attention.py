@@ -34,19 +34,20 @@ def attention(
 
     Three ways to the same numbers:
     - rows up to `chunk` long are taken at once;
-    - `longest` promises that no segment has more positions, so that each block of `longest` queries needs its own and the
-      neighbouring keys only. A promise that is broken gives NaN, never a picture cut in two;
-    - else queries are taken `chunk` at a time and computed again in the backward pass: chunk x S scores are held, not L x S.
+    - `longest` promises that no segment has more positions, so that each block of `longest` queries needs its own and
+      the neighbouring keys only. A promise that is broken gives NaN, never a picture cut in two;
+    - else queries are taken `chunk` at a time and computed again in the backward pass: chunk x S scores are held, not
+      L x S.
     No backend that ignores segments stands behind this function.
     """
     L = q_BLNH.shape[1]
     if key_segments_BS is None:
-        if longest is not None and L > 2 * longest:
+        if longest is not None and 2 * longest < L:
             return _banded(q_BLNH, k_BSKH, v_BSKH, segments_BL, causal, longest)
         key_segments_BS = segments_BL
     elif causal or longest is not None:
         raise ValueError("causal and longest speak of one row; with keys of another row give neither")
-    if L > chunk:
+    if chunk < L:
         return _chunked(q_BLNH, k_BSKH, v_BSKH, segments_BL, key_segments_BS, causal, chunk)
     return _attend(q_BLNH, k_BSKH, v_BSKH, _seen(segments_BL, key_segments_BS, causal))
 
@@ -93,7 +94,9 @@ def _chunked(q_BLNH, k_BSKH, v_BSKH, segments_BL, key_segments_BS, causal: bool,
 def _banded(q_BLNH, k_BSKH, v_BSKH, segments_BL, causal: bool, longest: int):
     """Blocks of `longest` queries against the blocks before, of and (unless causal) after them."""
     B, L, N, H = q_BLNH.shape
-    too_long_B = jnp.any((segments_BL[:, longest:] == segments_BL[:, :-longest]) & (segments_BL[:, longest:] > 0), axis=1)
+    too_long_B = jnp.any(
+        (segments_BL[:, longest:] == segments_BL[:, :-longest]) & (segments_BL[:, longest:] > 0), axis=1
+    )
     q, k, v = (_padded(x, -L % longest) for x in (q_BLNH, k_BSKH, v_BSKH))
     segments = _padded(segments_BL, -L % longest)
 

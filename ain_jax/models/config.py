@@ -1,7 +1,7 @@
 """The sizes of a model, as frozen dataclasses, and their Hugging Face spelling.
 
-A `ModelConfig` says what the parameters are; how they are computed with (dtype, rematerialisation) is an argument of the
-model, so that one checkpoint can be opened either way.
+A `ModelConfig` says what the parameters are; how they are computed with (dtype, rematerialisation) is an argument of
+the model, so that one checkpoint can be opened either way.
 """
 
 import dataclasses
@@ -32,7 +32,9 @@ class TextConfig:
     def __post_init__(self):
         faults = []
         if self.heads % self.kv_heads:
-            faults.append(f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}; each group shares one key head")
+            faults.append(
+                f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}; each group shares one key head"
+            )
         if self.head_width % 2:
             faults.append(f"head_width={self.head_width} is odd; rotary positions turn pairs, so make it even")
         if self.mrope_section is not None:
@@ -98,7 +100,12 @@ class ModelConfig:
             for name, value in self.token_ids().items()
             if value is not None and not 0 <= value < self.text.vocabulary
         ]
-        _stop("ModelConfig", faults if self.vision else [fault for fault in faults if "vision" not in fault and "image" not in fault and "video" not in fault])
+        _stop(
+            "ModelConfig",
+            faults
+            if self.vision
+            else [fault for fault in faults if "vision" not in fault and "image" not in fault and "video" not in fault],
+        )
 
     def token_ids(self) -> dict[str, int | None]:
         """Every special id by its name."""
@@ -155,7 +162,7 @@ def tiny(
 
 
 def from_hf(attributes: dict[str, Any]) -> ModelConfig:
-    """The config that a `config.json` describes; whatever we neither handle nor find at its default is refused by name."""
+    """The config that a `config.json` describes; what we neither handle nor find at its default is refused by name."""
     text, vision, ids = hf_config.read(attributes)
     return ModelConfig(text=TextConfig(**text), vision=VisionConfig(**vision), **ids)
 

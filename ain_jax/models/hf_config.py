@@ -70,16 +70,20 @@ ONLY_VISION = {
     "rope_parameters": ({"rope_type": "axial", "rope_theta": 10000.0}, None),
 }
 # Attributes that change no number of the forward pass (a sliding window counts only with use_sliding_window).
-SILENT = set(
-    "architectures transformers_version torch_dtype dtype use_cache initializer_range _name_or_path sliding_window "
-    "max_window_layers layer_types vision_token_id vision_config text_config rope_theta rope_scaling rope_parameters "
-    "_attn_implementation_autoset output_hidden_states output_attentions return_dict".split()
-)
-SILENT_VISION = {"hidden_size", "initializer_range", "mlp_ratio", "in_chans", "spatial_patch_size", "torch_dtype", "dtype"}
+SILENT = {
+    *("architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
+    *("_name_or_path", "_attn_implementation_autoset", "output_hidden_states", "output_attentions", "return_dict"),
+    *("sliding_window", "max_window_layers", "layer_types", "vision_token_id"),
+    *("vision_config", "text_config", "rope_theta", "rope_scaling", "rope_parameters"),  # read apart
+}
+SILENT_VISION = {
+    *("hidden_size", "mlp_ratio", "in_chans"),  # read apart
+    *("initializer_range", "spatial_patch_size", "torch_dtype", "dtype"),
+}
 
 
 def read(attributes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(text, vision, ids): keyword arguments of our configs, from the flat layout or from the nested one of transformers 5."""
+    """(text, vision, ids): keyword arguments of our configs, from the flat layout or that of transformers 5."""
     flat = attributes | (attributes.get("text_config") or {})
     # In the nested layout the outer value counts for the head; the inner one is a default that says nothing.
     flat["tie_word_embeddings"] = any(
@@ -114,7 +118,9 @@ def _rope(flat: dict[str, Any]) -> tuple[float, tuple[int, ...], list[str]]:
     theta = flat.get("rope_theta", (flat.get("rope_parameters") or {}).get("rope_theta", ROPE_THETA))
     theta = rope.get("rope_theta", theta)
     kinds = {rope[key] for key in ("type", "rope_type") if key in rope}
-    faults = [f"rotary positions of type {kind!r}; expected 'mrope' or 'default'" for kind in kinds - {"mrope", "default"}]
+    faults = [
+        f"rotary positions of type {kind!r}; expected 'mrope' or 'default'" for kind in kinds - {"mrope", "default"}
+    ]
     unknown = rope.keys() - {"type", "rope_type", "mrope_section", "rope_theta"}
     faults += [f"rope setting {key}={rope[key]!r} is not handled" for key in sorted(unknown)]
     return float(theta), tuple(rope.get("mrope_section", MROPE_SECTION)), faults
@@ -150,7 +156,7 @@ def write(config: Any, dtype: str) -> dict[str, Any]:
         faults.append(f"norm_eps={text.norm_eps} (above 0) and vision norm_eps={vision.norm_eps} (1e-6 in Qwen2-VL)")
     if faults:
         raise ValueError("these settings have no place in a Qwen2-VL config.json: " + "; ".join(faults))
-    section = list(text.mrope_section)
+    section = list(text.mrope_section or ())
     written = {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",

@@ -5,12 +5,13 @@ D width           N query heads             K key/value heads       G = N / K, q
 H head width      F MLP width               V vocabulary rows       h = H / 2, rotary frequencies
 P patches in a row, C values of a patch, E image width, M merged image features in a row
 
-Each parameter is declared once, by `Einsum`, `Norm` or `Embedding`, with shape, axis names and initializer. Axis names are
-mapped to the mesh in `ain_jax/sharding.py`. Sums over many values and the softmax are in float32, whatever the compute dtype.
+Each parameter is declared once, by `Einsum`, `Norm` or `Embedding`, with shape, axis names and initializer. Axis names
+are mapped to the mesh in `ain_jax/sharding.py`. Means and the softmax are in float32, whatever the compute dtype.
 """
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -31,6 +33,10 @@ class Normal:
     def __call__(self, key, shape, dtype):
         return jax.random.normal(key, shape, dtype) * jnp.asarray(self.stddev, dtype)
 
+    def draw(self, generator: np.random.Generator, shape) -> np.ndarray:
+        """The same on the host, in float32."""
+        return generator.standard_normal(shape, np.float32) * np.float32(self.stddev)
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -41,6 +47,10 @@ class Constant:
     def __call__(self, key, shape, dtype):
         return jnp.full(shape, self.value, dtype)
 
+    def draw(self, generator: np.random.Generator, shape) -> np.ndarray:
+        """The same on the host, in float32."""
+        return np.full(shape, self.value, np.float32)
+
 
 @flax.struct.dataclass
 class Declared(nn.LogicallyPartitioned):
@@ -49,7 +59,7 @@ class Declared(nn.LogicallyPartitioned):
     initializer: Normal | Constant = flax.struct.field(pytree_node=False, default=Constant(0.0))
 
 
-def declared(initializer: Normal | Constant, axes: tuple[str, ...]):
+def declared(initializer: Normal | Constant, axes: tuple[str, ...]) -> Callable[..., Any]:
     """What `self.param` calls: the initial value, boxed with axis names and initializer."""
     return lambda key, shape, dtype: Declared(initializer(key, shape, dtype), axes, initializer=initializer)
 
@@ -71,13 +81,13 @@ class Einsum(nn.Module):
         summed = [letter not in output for letter in letters]
         fan_in = math.prod(size for size, gone in zip(self.shape, summed, strict=True) if gone)
         init = declared(Normal(self.scale / math.sqrt(fan_in)), self.axes)
-        weight = self.param("weight", init, self.shape, jnp.float32)
+        weight: Any = self.param("weight", init, self.shape, jnp.float32)
         y = jnp.einsum(self.spec, x.astype(self.dtype), weight.astype(self.dtype))
         if self.bias:
             kept = [i for i, gone in enumerate(summed) if not gone]
             assert output.endswith("".join(letters[i] for i in kept)), f"{self.spec}: the bias needs the new axes last"
             init = declared(Constant(0.0), tuple(self.axes[i] for i in kept))
-            bias = self.param("bias", init, tuple(self.shape[i] for i in kept), jnp.float32)
+            bias: Any = self.param("bias", init, tuple(self.shape[i] for i in kept), jnp.float32)
             y = y + jnp.expand_dims(bias.astype(self.dtype), tuple(range(y.ndim - bias.ndim)))
         return y
 
@@ -93,7 +103,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        weight = self.param("weight", declared(Constant(1.0), (self.axis,)), (self.width,), jnp.float32)
+        weight: Any = self.param("weight", declared(Constant(1.0), (self.axis,)), (self.width,), jnp.float32)
         leading = tuple(range(x.ndim - 1))
         y = x.astype(jnp.float32)
         if self.center:
@@ -101,7 +111,7 @@ class Norm(nn.Module):
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         y = y.astype(self.dtype) * jnp.expand_dims(weight.astype(self.dtype), leading)
         if self.center:
-            bias = self.param("bias", declared(Constant(0.0), (self.axis,)), (self.width,), jnp.float32)
+            bias: Any = self.param("bias", declared(Constant(0.0), (self.axis,)), (self.width,), jnp.float32)
             y = y + jnp.expand_dims(bias.astype(self.dtype), leading)
         return y
 
@@ -116,7 +126,7 @@ class Embedding(nn.Module):
 
     def setup(self):
         init = declared(Normal(self.stddev), ("vocab", "embed"))
-        self.weight = self.param("weight", init, (self.vocabulary, self.width), jnp.float32)
+        self.weight: Any = self.param("weight", init, (self.vocabulary, self.width), jnp.float32)
 
     def __call__(self, tokens_BL):
         # An id outside the table reads NaN instead of a wrong row.
@@ -178,7 +188,13 @@ class GatedMLP(nn.Module):
         gate_BLF = Einsum("BLD,DF->BLF", name="gate_proj", **wide)(x_BLD)
         up_BLF = Einsum("BLD,DF->BLF", name="up_proj", **wide)(x_BLD)
         down = Einsum(
-            "BLF,FD->BLD", (self.mlp_width, self.width), ("mlp", "embed"), False, self.scale_out, self.dtype, name="down_proj"
+            "BLF,FD->BLD",
+            (self.mlp_width, self.width),
+            ("mlp", "embed"),
+            False,
+            self.scale_out,
+            self.dtype,
+            name="down_proj",
         )
         return down(jax.nn.silu(gate_BLF) * up_BLF)
 

@@ -5,8 +5,8 @@
     logits_TV = model.apply({"params": params}, hidden_TD, method="logits")
 
 The parameters are one plain nested dict: `model/embed_tokens`, `model/layers` (stacked on axis 0), `model/norm`,
-`visual/patch_embed`, `visual/blocks` (stacked), `visual/merger` and, where the head is not tied, `lm_head`. A path is the
-published name without the number of the layer.
+`visual/patch_embed`, `visual/blocks` (stacked), `visual/merger` and, where the head is not tied, `lm_head`. A path is
+the published name without the number of the layer.
 """
 
 import math
@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ModelConfig
@@ -69,6 +70,7 @@ class MultimodalModel(nn.Module):
         x_BLD = self.model.embed(tokens_BL)
         if patches_BPC is None:
             return x_BLD
+        assert feature_index_BL is not None, "patches without the places of their features"
         if not self.config.vision:
             raise ValueError("patches were given to a model without an image encoder; use a config with vision")
         features_BMD = self.visual(patches_BPC, patch_positions_BP2, patch_segments_BP)
@@ -98,18 +100,17 @@ def packed(segments_BL) -> Attend:
 def init_params(config: ModelConfig, key) -> dict[str, Any]:
     """Fresh parameters, float32, as one plain nested dict.
 
-    Each is drawn by its declared initializer, without a forward pass, and with the device's own generator ("rbg"): jax's
-    default one takes XLA half a second of compilation for every shape.
+    Each is drawn by its declared initializer on the host, from the key and its own place in the tree: the same on any
+    number of devices and any version of jax, and nothing is compiled (XLA takes half a second for each shape).
     """
-    return jax.jit(partial(_drawn, config))(key)
-
-
-def _drawn(config: ModelConfig, key):
     boxes, tree = jax.tree.flatten(_declarations(config), is_leaf=lambda x: isinstance(x, Declared))
-    first = jax.random.bits(key, (4,), jnp.uint32)
-    keys = [jax.random.wrap_key_data(first.at[3].add(jnp.uint32(i)), impl="rbg") for i in range(len(boxes))]
-    drawn = [box.initializer(k, box.value.shape, box.value.dtype) for k, box in zip(keys, boxes, strict=True)]
-    return tree.unflatten(drawn)
+    seed = np.asarray(jax.random.key_data(key)).tolist()
+    return tree.unflatten(
+        [
+            jnp.asarray(box.initializer.draw(np.random.default_rng([*seed, i]), box.value.shape))
+            for i, box in enumerate(boxes)
+        ]
+    )
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:

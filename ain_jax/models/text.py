@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from ain_jax.models.config import TextConfig
 from ain_jax.models.layers import Einsum, Embedding, GatedMLP, Norm, rematerialised, rotate, text_rotary
 
-# (q_BLNH, k_BLKH, v_BLKH, memory of this layer) -> (out_BLNH, what this layer hands back). In training nothing is remembered:
-# memory and what is handed back are None. `generate.py` decodes by handing in another function and its cache.
+# (q_BLNH, k_BLKH, v_BLKH, memory of this layer) -> (out_BLNH, what this layer hands back). In training nothing is
+# remembered: both memories are None. `generate.py` decodes by handing in another function and its cache.
 Attend = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
@@ -26,14 +26,19 @@ class SelfAttention(nn.Module):
     def __call__(self, x_BLD, rotary, memory):
         c = self.config
         D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
-        query = {"axes": ("embed", "heads", "head"), "bias": c.qkv_bias, "dtype": self.dtype}
-        key = query | {"axes": ("embed", "kv_heads", "head")}
+        query: dict[str, Any] = {"axes": ("embed", "heads", "head"), "bias": c.qkv_bias, "dtype": self.dtype}
+        key: dict[str, Any] = query | {"axes": ("embed", "kv_heads", "head")}
         q_BLNH = rotate(Einsum("BLD,DNH->BLNH", (D, N, H), name="q_proj", **query)(x_BLD), rotary)
         k_BLKH = rotate(Einsum("BLD,DKH->BLKH", (D, K, H), name="k_proj", **key)(x_BLD), rotary)
         v_BLKH = Einsum("BLD,DKH->BLKH", (D, K, H), name="v_proj", **key)(x_BLD)
         out_BLNH, memory = self.attend(q_BLNH, k_BLKH, v_BLKH, memory)
         project = Einsum(
-            "BLNH,NHD->BLD", (N, H, D), ("heads", "head", "embed"), scale=self.scale_out, dtype=self.dtype, name="o_proj"
+            "BLNH,NHD->BLD",
+            (N, H, D),
+            ("heads", "head", "embed"),
+            scale=self.scale_out,
+            dtype=self.dtype,
+            name="o_proj",
         )
         return project(out_BLNH), memory
 
@@ -84,7 +89,7 @@ class Decoder(nn.Module):
             rematerialised(DecoderLayer, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             out_axes=0,
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -51,9 +51,13 @@ class VisionMLP(nn.Module):
     @nn.compact
     def __call__(self, x_BPE):
         E, F = self.config.width, self.config.mlp_width
-        wide_BPF = Einsum("BPE,EF->BPF", (E, F), ("vision_embed", "vision_mlp"), True, dtype=self.dtype, name="fc1")(x_BPE)
+        wide_BPF = Einsum("BPE,EF->BPF", (E, F), ("vision_embed", "vision_mlp"), True, dtype=self.dtype, name="fc1")(
+            x_BPE
+        )
         wide_BPF = wide_BPF * jax.nn.sigmoid(wide_BPF * 1.702)
-        narrow = Einsum("BPF,FE->BPE", (F, E), ("vision_mlp", "vision_embed"), True, self.scale_out, self.dtype, name="fc2")
+        narrow = Einsum(
+            "BPF,FE->BPE", (F, E), ("vision_mlp", "vision_embed"), True, self.scale_out, self.dtype, name="fc2"
+        )
         return narrow(wide_BPF)
 
 
@@ -136,7 +140,7 @@ class VisionTower(nn.Module):
             rematerialised(VisionBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -145,11 +149,11 @@ class VisionTower(nn.Module):
 
 
 def _check(shape: tuple[int, ...], c: VisionConfig) -> None:
-    B, P, C = shape
-    if C != c.patch_values:
+    _B, P, C = shape
+    if c.patch_values != C:
         raise ValueError(
-            f"patches of {C} values, but the tower reads {c.patch_values} = {c.channels} channels x {c.temporal_patch_size} "
-            f"frames x {c.patch_size} x {c.patch_size} pixels; use the image settings of this model"
+            f"patches of {C} values, but the tower reads {c.patch_values} = {c.channels} channels x "
+            f"{c.temporal_patch_size} frames x {c.patch_size} x {c.patch_size} pixels; use this model's image settings"
         )
     if P % c.merge_size**2:
         raise ValueError(f"{P} patches per row cannot be merged {c.merge_size} x {c.merge_size}; use a multiple")

@@ -9,7 +9,7 @@ from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
 from ain_jax.sharding import Mesh
 from ain_jax.stages import evaluate, export, extend_tokenizer, instruct, prefer, pretrain
-from ain_jax.stages.common import Model, Start, StageRun
+from ain_jax.stages.common import Model, StageRun, Start
 from ain_jax.stages.evaluate import Evaluation
 from ain_jax.stages.export import Export
 from ain_jax.stages.extend_tokenizer import Tokenizer

@@ -6,15 +6,15 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 
 from ain_jax import sample, sharding
 from ain_jax.data import formats, loader, pack_plan
-from ain_jax.data.examples import Examples, tokenise, tokenizer_fingerprint
 from ain_jax.data.builders import sample as sample_builder
 from ain_jax.data.builders.sample_records import KINDS, SampleParams
+from ain_jax.data.examples import Examples, tokenise, tokenizer_fingerprint
 from ain_jax.data.images import ImageSettings
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
@@ -48,7 +48,7 @@ class Model:
     mrope_section: tuple[int, int, int] | None = None  # None: half the frequencies for time, a quarter for each side
     max_positions: int = 4096
     vocabulary_multiple: int = 64  # rows of the embedding are padded to a multiple
-    remat: str = "none"
+    remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -144,7 +144,7 @@ class StageRun:
     def examples(self, name: str, split: str = "train", packing: Packing | None = None) -> Examples:
         """The tokenised examples of a source named as in a mixture: "read", or "documents/ar" for one language."""
         packing = packing or self.get(Packing)
-        kind, _, language = (name, "", "") if name.endswith(".jsonl") else name.partition("/")
+        kind, language = source_parts(name)
         records, mark = self.records(kind, split)
         if language:
             present = sorted({r.language for r in records})
@@ -186,7 +186,8 @@ class StageRun:
     def random_params(self) -> Any:
         """Untrained parameters, the same for every stage of the experiment."""
         key = jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
-        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), init_params(self.config, key), self.layout())
+        drawn = init_params(self.config, key)
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), drawn, self.layout())
 
     def trained_params(self, stage: str) -> Any:
         """The parameters that a stage ended with."""
@@ -252,6 +253,12 @@ def training_numbers(path: Path, rows: loader.Rows, window: int = 20) -> dict[st
         "patches_filled": round(rows.plan.patches_filled, 4),
         "plan": rows.plan.fingerprint,
     }
+
+
+def source_parts(name: str) -> tuple[str, str]:
+    """Kind and language of a source: "documents/ar" is ("documents", "ar"); a file has no part ("")."""
+    kind, _, language = (name, "", "") if name.endswith(".jsonl") else name.partition("/")
+    return kind, language
 
 
 def sample_path(path: str) -> Path:

@@ -20,6 +20,7 @@ from ain_jax.stages import common
 from ain_jax.tokenizer import chat
 
 UNTRAINED = "untrained"
+PNG = b"\x89PNG"  # how such a file begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,11 @@ def _bits_per_byte(stage: common.StageRun, settings: Evaluation, params: Any) ->
 
 
 def _texts(stage: common.StageRun, source: str, split: str) -> list[str]:
-    kind, _, language = source.partition("/")
-    return [r.text for r in stage.records(kind, split)[0] if not language or r.language == language]
+    kind, language = common.source_parts(source)
+    texts = [r.text for r in stage.records(kind, split)[0] if not language or r.language == language]
+    if not texts or not all(texts):
+        raise ValueError(f"Evaluation.texts names {source!r}, which is not plain text alone: take it out")
+    return texts
 
 
 # (name in the results, kind of the sample, its split): what is asked with pictures
@@ -104,21 +108,46 @@ QUESTIONS = (
 
 
 def _answers(stage: common.StageRun, settings: Evaluation, params: Any, model: str) -> dict[str, Any]:
+    asked = {name: list(stage.records(kind, split)[0]) for name, kind, split in QUESTIONS}
+    prompts = [_prompt(stage, record) for records in asked.values() for record in records]
+    # All in one call, so that few shapes are compiled.
+    ids = iter(generate(params, stage.config, prompts, settings.answer_tokens, [stage.token("<|im_end|>")], rows=64))
     result: dict[str, Any] = {}
-    stop = [stage.token("<|im_end|>")]
-    for name, kind, split in QUESTIONS:
-        records = list(stage.records(kind, split)[0])
-        prompts = [_prompt(stage, record) for record in records]
-        ids = generate(params, stage.config, prompts, settings.answer_tokens, stop, rows=64)
-        answers = [stage.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
+    for name, kind, _ in QUESTIONS:
+        records = asked[name]
+        answers = [stage.tokenizer.decode(next(ids), skip_special_tokens=True).strip() for _ in records]
         references = [record.messages[-1].content for record in records]
         result[name] = _scored(kind, records, references, answers)
-        shown = [
-            {"id": r.id, "question": r.messages[-2].content.replace("<image>", "").strip(), "expected": e, "answer": a}
-            for r, e, a in list(zip(records, references, answers, strict=True))[: settings.shown]
-        ]
-        common.write_json(stage.folder / "shown" / f"{model}-{name}.json", shown)
+        _show(stage, settings, model, name, records, answers)
     return result
+
+
+def _show(stage: common.StageRun, settings: Evaluation, model: str, name: str, records: Sequence[Record],
+          answers: Sequence[str]) -> None:
+    """Keep the first answers, and the pictures that they are about, for the report."""
+    folder = stage.folder / "shown"
+    shown = [
+        {
+            "id": record.id,
+            "question": record.messages[-2].content.replace("<image>", "").strip(),
+            "expected": record.messages[-1].content,
+            "answer": answer,
+            "pictures": [_picture(folder, f"{name}-{row}-{n}", picture) for n, picture in enumerate(record.images)],
+        }
+        for row, (record, answer) in enumerate(list(zip(records, answers, strict=True))[: settings.shown])
+    ]
+    common.write_json(folder / f"{model}-{name}.json", shown)
+
+
+def _picture(folder: Path, stem: str, picture: bytes) -> str:
+    """The name of the file that a picture lies in; the first model that is asked about it writes it."""
+    path = folder / (stem + (".png" if picture.startswith(PNG) else ".jpg"))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_bytes(picture)
+        beside.replace(path)
+    return path.name
 
 
 def _prompt(stage: common.StageRun, record: Record) -> Prompt:
@@ -129,17 +158,20 @@ def _prompt(stage: common.StageRun, record: Record) -> Prompt:
     return dataclasses.replace(prompt, tokens_L=tokens)
 
 
-def _scored(kind: str, records: Sequence[Record], references: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+def _scored(
+    kind: str, records: Sequence[Record], references: Sequence[str], answers: Sequence[str]
+) -> dict[str, float]:
     if kind == "read":
         pairs = [(scores.letters(r), scores.letters(a)) for r, a in zip(references, answers, strict=True)]
         expected, read = [p[0] for p in pairs], [p[1] for p in pairs]
-        return _rounded({"cer": scores.error_rate(expected, read), "exact": scores.accuracy(expected, read), "count": len(pairs)})
+        rates = {"cer": scores.error_rate(expected, read), "exact": scores.accuracy(expected, read)}
+        return _rounded(rates | {"count": len(pairs)})
     by_language: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for record, reference, answer in zip(records, references, answers, strict=True):
         by_language[record.language].append((scores.plain(reference), scores.plain(answer)))
     return _rounded(
         {lang: scores.accuracy([r for r, _ in p], [a for _, a in p]) for lang, p in sorted(by_language.items())}
-        | {"accuracy": scores.accuracy(*zip(*sum(by_language.values(), []), strict=True)), "count": len(records)}
+        | {"accuracy": sum(r == a for p in by_language.values() for r, a in p) / len(records), "count": len(records)}
     )
 
 

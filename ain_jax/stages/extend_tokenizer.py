@@ -1,4 +1,4 @@
-"""Vocabulary extension: new-language pieces learnt from training text, appended, audited, measured (ALLaM, section 3.1)."""
+"""Vocabulary extension: pieces of the new language learnt, appended, audited, measured (ALLaM, section 3.1)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def run(stage: common.StageRun) -> dict[str, Any]:
 
 
 def _texts(stage: common.StageRun, source: str, split: str) -> Sequence[str]:
-    kind, _, language = source.partition("/")
+    kind, language = common.source_parts(source)
     records, _ = stage.records(kind, split)
     texts = [r.text for r in records if r.text and (not language or r.language == language)]
     if not texts:

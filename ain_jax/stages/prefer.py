@@ -24,8 +24,7 @@ def run(stage: common.StageRun) -> dict:
     rows = stage.training_rows(pairs=True)
     params = stage.starting_params()
     with jax.set_mesh(stage.mesh):
-        rows = reference.with_reference(
-            rows, stage.model, params, lambda r: stage.batches(r, stage.get(Trainer).rows), stage.folder / "reference.npz"
-        )
+        batches = lambda r: stage.batches(r, stage.get(Trainer).rows)
+        rows = reference.with_reference(rows, stage.model, params, batches, stage.folder / "reference.npz")
     loss = losses.preference(stage.model, len(rows.groups), stage.get(Preference).beta)
     return common.fit(stage, params, loss, rows)

@@ -26,7 +26,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        policies = ocp.training
+        policies: Any = ocp.training
         self._checkpointer = policies.Checkpointer(
             self.folder,
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
@@ -54,12 +54,12 @@ class Checkpoints:
 
         Raises ValueError where the run has since got other data or another tokenizer.
         """
-        saved = self._checkpointer.metadata(step).custom_metadata or {}
+        saved: Any = self._checkpointer.metadata(step).custom_metadata or {}
         for name, mark in marks.items():
             if saved.get(name) != mark:
                 raise ValueError(
-                    f"{self.folder}/{step} was written with {name} {saved.get(name)}, and this run has {mark}: it would "
-                    f"go on with other data. Give another --run_dir, or delete {self.folder.parent} to begin anew"
+                    f"{self.folder}/{step} was written with {name} {saved.get(name)}, and this run has {mark}: it "
+                    f"would go on with other data. Give another --run_dir, or delete {self.folder.parent} to begin anew"
                 )
         abstract = jax.tree.map(_abstract, {"params": like.params, "opt_state": like.opt_state})
         parts = self._checkpointer.load_checkpointables(step, abstract)
@@ -80,11 +80,11 @@ class Checkpoints:
 
 def load_params(folder: Path, like: Any) -> Any:
     """The parameters of the newest checkpoint in a folder, laid out as `like`; the optimiser state is not read."""
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder) if folder.is_dir() else None
+    step = checkpoints.latest() if checkpoints else None
+    if checkpoints is None or step is None:
+        raise ValueError(f"{folder} holds no checkpoint; run the stage that writes it first")
     try:
-        step = checkpoints.latest()
-        if step is None:
-            raise ValueError(f"{folder} holds no checkpoint; run the stage that writes it first")
         return checkpoints.load_params(step, like)
     finally:
         checkpoints.close()

@@ -73,8 +73,8 @@ def train(
         values = numbers(fetch(sums), groups) | {"gradient_norm": float(norm)}
         if not np.isfinite(values["loss"]) or not np.isfinite(values["gradient_norm"]):
             raise FloatingPointError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the last good checkpoint "
-                f"is in {checkpoints.folder}. Lower Optimizer.learning_rate, or warm up for longer"
+                f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the last good "
+                f"checkpoint is in {checkpoints.folder}. Lower Optimizer.learning_rate, or warm up for longer"
             )
         log_lines.write(step, values, tokens)
 
@@ -93,7 +93,7 @@ def train(
                     pending = None
                     checkpoints.save(state, marks, wait=stop.is_set() or step == trainer.steps)
                     saved_at = time.monotonic()
-                if stop.is_set() and step < trainer.steps:
+                if stop.is_set():  # at the last step too: the stages that follow are not to begin
                     raise Interrupted(f"saved at step {step} of {trainer.steps}")
     finally:
         log_lines.close()

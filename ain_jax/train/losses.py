@@ -29,8 +29,9 @@ Loss = Callable[[Any, Any, Any, Any], Sums]
 TARGET_CHUNK = 64  # learnt positions of each row whose logits are held at once
 
 
-def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Log-probability in nats of each target, and whether the model's first choice is it: two (B, C) arrays.
+def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Three (B, C) arrays: log-probability in nats of each target, whether the model's first choice is it, and the
+    mean log-probability of the whole vocabulary there (for label smoothing).
 
     The head runs on learnt positions only, in chunks whose logits are made anew in the backward pass, so that
     memory holds B x TARGET_CHUNK rows of the vocabulary and never the whole.
@@ -47,7 +48,7 @@ def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, 
         method="hidden",
     )
     hidden_BCD = jnp.take_along_axis(hidden_BLD, batch.predict_at_BC[..., None], axis=1)
-    B, C, D = hidden_BCD.shape
+    B, C = batch.predict_at_BC.shape
     chunk = min(TARGET_CHUNK, C)
     chunks = -(-C // chunk)
     pad = chunks * chunk - C
@@ -59,13 +60,15 @@ def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, 
         hidden_BcD, targets_Bc = inputs
         logits_BcV = model.apply({"params": params}, hidden_BcD, method="logits").astype(jnp.float32)
         chosen_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
-        log_probs_Bc = chosen_Bc - jax.nn.logsumexp(logits_BcV, axis=-1)
-        return None, (log_probs_Bc, chosen_Bc >= logits_BcV.max(axis=-1))
+        norm_Bc = jax.nn.logsumexp(logits_BcV, axis=-1)
+        correct_Bc = chosen_Bc >= logits_BcV.max(axis=-1)
+        return None, (chosen_Bc - norm_Bc, correct_Bc, logits_BcV.mean(axis=-1) - norm_Bc)
 
-    by_chunk = lambda x: jnp.moveaxis(x.reshape(B, chunks, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
-    _, (log_probs, correct) = jax.lax.scan(one_chunk, None, (by_chunk(hidden_BCD), by_chunk(targets_BC)))
-    back = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * chunk)[:, :C]  # noqa: E731
-    return back(log_probs), back(correct)
+    by_chunk = lambda x: jnp.moveaxis(x.reshape(B, chunks, chunk, *x.shape[2:]), 1, 0)
+    _, columns = jax.lax.scan(one_chunk, None, (by_chunk(hidden_BCD), by_chunk(targets_BC)))
+    back = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * chunk)[:, :C]
+    log_probs_BC, correct_BC, mean_BC = (back(column) for column in columns)
+    return log_probs_BC, correct_BC, mean_BC
 
 
 def group_sums(values: jax.Array, weights: jax.Array, groups: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -78,25 +81,33 @@ def group_sums(values: jax.Array, weights: jax.Array, groups: jax.Array, count: 
     return sums, jax.ops.segment_sum(weights.reshape(-1), flat, count)
 
 
-def next_token(model: Any, groups: int) -> Loss:
-    """Cross-entropy of the learnt tokens, in nats; reported by group as `loss` and `accuracy`."""
+def next_token(model: Any, groups: int, label_smoothing: float = 0.0) -> Loss:
+    """Cross-entropy of the learnt tokens, in nats; reported by group as `loss` and `accuracy`.
+
+    `label_smoothing` (arXiv 1512.00567, section 7) gives that share of each target to the whole vocabulary evenly. In a
+    large vocabulary most pieces never occur in a small corpus; the share keeps them unlikely rather than impossible.
+    The reported `loss` is the plain cross-entropy.
+    """
 
     def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> Sums:
         del frozen, key
-        log_probs_BC, correct_BC = target_log_probs(model, params, batch)
+        log_probs_BC, correct_BC, mean_BC = target_log_probs(model, params, batch)
         weights_BC = (batch.target_segments_BC > 0).astype(jnp.float32)
         parts = {
             "loss": group_sums(-log_probs_BC, weights_BC, batch.target_groups_BC, groups),
             "accuracy": group_sums(correct_BC.astype(jnp.float32), weights_BC, batch.target_groups_BC, groups),
         }
-        return Sums(-(log_probs_BC * weights_BC).sum(), weights_BC.sum(), parts)
+        aims_BC = log_probs_BC
+        if label_smoothing:
+            aims_BC = (1 - label_smoothing) * log_probs_BC + label_smoothing * mean_BC
+        return Sums(-(aims_BC * weights_BC).sum(), weights_BC.sum(), parts)
 
     return loss
 
 
 def pair_log_probs(model: Any, params: Any, batch: PairBatch) -> jax.Array:
     """Log-probability in nats of the better and the worse answer of each pair: (B, N, 2)."""
-    log_probs_BC, _ = target_log_probs(model, params, batch.rows)
+    log_probs_BC, _, _ = target_log_probs(model, params, batch.rows)
     segments_BC = batch.rows.target_segments_BC
     pairs = batch.pair_groups_BN.shape[1]
     # Segment 0 collects the unused places and is cut off; segments 1, 2 are pair 0, 3, 4 pair 1, ...
@@ -119,7 +130,7 @@ def preference(model: Any, groups: int, beta: float) -> Loss:
         weights_BN = (batch.pair_groups_BN >= 0).astype(jnp.float32)
         groups_BN = jnp.maximum(batch.pair_groups_BN, 0)
         losses_BN = -jax.nn.log_sigmoid(margin_BN)
-        by_kind = lambda values: group_sums(values, weights_BN, groups_BN, groups)  # noqa: E731
+        by_kind = lambda values: group_sums(values, weights_BN, groups_BN, groups)
         parts = {
             "loss": by_kind(losses_BN),
             "accuracy": by_kind((margin_BN > 0).astype(jnp.float32)),

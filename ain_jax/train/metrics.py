@@ -41,7 +41,9 @@ class Log:
         self._keep_up_to(start)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
-        self._bar = tqdm(total=steps, initial=start, desc=f"{stage:16}", unit="step", dynamic_ncols=True, mininterval=0.5)
+        self._bar = tqdm(
+            total=steps, initial=start, desc=f"{stage:16}", unit="step", dynamic_ncols=True, mininterval=0.5
+        )
         self._filled, self._begun, self._tokens = filled, time.monotonic(), 0
 
     def _keep_up_to(self, step: int) -> None:
@@ -62,7 +64,8 @@ class Log:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s, {self._filled:.1%} filled", refresh=False)
+        shown = f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s, {self._filled:.1%} filled"
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(1)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Schedule, parameter groups and what stays frozen -> one optax transformation."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -25,6 +25,10 @@ class Optimizer:
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.95
+    # Where a gradient is far below eps, Adam's step shrinks with it. Rows of a large vocabulary that a small corpus
+    # never shows get tiny gradients, all in one direction; with optax's 1e-8 they are scaled up to full steps, and
+    # the tokens become impossible instead of unlikely.
+    eps: float = 1e-8
     clip: float = 1.0  # global norm of the gradient; 0 does not clip
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -40,8 +44,8 @@ class Optimizer:
 
 
 def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
-    """The learning rate at each step: a linear warm-up from 0, then the named decay to `final_share` of the peak."""
-    peak, after = settings.learning_rate, max(1, steps - settings.warmup_steps)
+    """The learning rate of each step: a linear warm-up, then a decay to `final_share` of the peak at the last."""
+    peak, after = settings.learning_rate, max(1, steps - 1 - settings.warmup_steps)
     if settings.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, after, settings.final_share)
     elif settings.schedule == "linear":
@@ -76,6 +80,17 @@ def rate_tree(params: Any, rates: Mapping[str, float]) -> Any:
     return jax.tree_util.tree_map_with_path(rate, params)
 
 
+def matrices(params: Any) -> Any:
+    """True for each matrix. A bias is none, nor is the scale of a norm, which stacked over the layers has two axes."""
+
+    def is_matrix(path, leaf):
+        parts = path_name(path).split("/")
+        stacked = "layers" in parts or "blocks" in parts
+        return parts[-1] != "bias" and leaf.ndim - stacked >= 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
 def _under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix.rstrip("/") + "/")
 
@@ -92,12 +107,13 @@ def make(settings: Optimizer, params: Any, steps: int) -> optax.GradientTransfor
             lambda step: multiple * rate(step),
             b1=settings.b1,
             b2=settings.b2,
+            eps=settings.eps,
             weight_decay=settings.weight_decay,
-            mask=lambda tree: jax.tree.map(lambda p: p.ndim >= 2, tree),
+            mask=matrices,
         )
 
     multiples = sorted(set(jax.tree.leaves(rates)))
-    groups = {str(m): adamw(m) for m in multiples}
+    groups: dict[Hashable, optax.GradientTransformation] = {str(m): adamw(m) for m in multiples}
     labels = jax.tree.map(str, rates)
     update = optax.multi_transform(groups, labels) if len(groups) > 1 else adamw(multiples[0])
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()

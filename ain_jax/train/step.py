@@ -33,7 +33,9 @@ def make_update(loss: Loss, optimizer: optax.GradientTransformation, rates: Any,
         if accumulate == 1:
             gradients, sums = gradient(state.params, frozen, batch, key)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+            # Every so manieth row, not a block of them: each part then lies spread over the devices as the whole does.
+            part = lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+            parts = jax.tree.map(part, batch)
             keys = jax.random.split(key, accumulate)
             shapes = jax.eval_shape(gradient, state.params, frozen, jax.tree.map(lambda x: x[0], parts), keys[0])
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -110,7 +110,12 @@ def tensors(params: dict[str, Any], config: ModelConfig, check_only: bool = Fals
         if row.ours != held:
             held, array = row.ours, np.asarray(left[row.ours])
         assert array is not None
-        yield name, np.ascontiguousarray(rearrange(array if layer is None else array[layer], row.layout, letters, reverse=True))
+        yield (
+            name,
+            np.ascontiguousarray(
+                rearrange(array if layer is None else array[layer], row.layout, letters, reverse=True)
+            ),
+        )
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:
@@ -159,7 +164,9 @@ def replace_folder(complete: Path, place: Path) -> None:
 def _check(config: ModelConfig, settings: ImageSettings, tokenizer_dir: Path) -> None:
     faults = []
     if config.vision is None:
-        raise ValueError("export: a model without an image encoder has no Qwen2-VL folder; give the config a vision part")
+        raise ValueError(
+            "export: a model without an image encoder has no Qwen2-VL folder; give the config a vision part"
+        )
     for name in ("patch_size", "merge_size", "temporal_patch_size"):
         ours, theirs = getattr(config.vision, name), getattr(settings, name)
         if ours != theirs:

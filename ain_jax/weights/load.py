@@ -21,8 +21,8 @@ def load_config(folder: str | Path) -> ModelConfig:
 def load_folder(folder: str | Path, dtype: Any = None) -> tuple[dict[str, Any], ModelConfig]:
     """(params, config): numpy arrays in our tree, cast to `dtype`, or as stored where none is given.
 
-    Raises one ValueError that lists every tensor that has no place, every place named twice or left empty, and every wrong
-    shape.
+    Raises one ValueError that lists every tensor that has no place, every place named twice or left empty, and every
+    wrong shape.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -76,7 +76,7 @@ def _stored(folder: Path) -> list[tuple[str, Path, tuple[int, ...]]]:
     stored = []
     for path in (folder / name for name in names):
         with _open(path) as file:
-            stored += [(name, path, tuple(file.get_slice(name).get_shape())) for name in file.keys()]
+            stored += [(name, path, tuple(file.get_slice(name).get_shape())) for name in file]
     return stored
 
 

@@ -1,10 +1,13 @@
 """Published tensors and our parameters, one row each, read in both directions.
 
-A layout is written "theirs -> ours", each axis a letter of the legend in `models/layers.py`, joined axes in brackets with the
-slowest first: "(N H) D -> D N H" splits the rows of a q projection into heads and turns it. Read right to left it exports.
+A layout is written "theirs -> ours", each axis a letter of the legend in `models/layers.py`, joined axes in brackets
+with the slowest first: "(N H) D -> D N H" splits the rows of a q projection into heads and turns it. Read right to left
+it exports.
 `{layer}` in a published name runs over the layers, which ours holds stacked on a leading axis.
 """
 
+import functools
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +32,9 @@ TEXT = (
     Row("model.layers.{layer}.self_attn.k_proj.weight", "model/layers/self_attn/k_proj/weight", "(K H) D -> D K H"),
     Row("model.layers.{layer}.self_attn.v_proj.weight", "model/layers/self_attn/v_proj/weight", "(K H) D -> D K H"),
     Row("model.layers.{layer}.self_attn.o_proj.weight", "model/layers/self_attn/o_proj/weight", "D (N H) -> N H D"),
-    Row("model.layers.{layer}.post_attention_layernorm.weight", "model/layers/post_attention_layernorm/weight", "D -> D"),
+    Row(
+        "model.layers.{layer}.post_attention_layernorm.weight", "model/layers/post_attention_layernorm/weight", "D -> D"
+    ),
     Row("model.layers.{layer}.mlp.gate_proj.weight", "model/layers/mlp/gate_proj/weight", "F D -> D F"),
     Row("model.layers.{layer}.mlp.up_proj.weight", "model/layers/mlp/up_proj/weight", "F D -> D F"),
     Row("model.layers.{layer}.mlp.down_proj.weight", "model/layers/mlp/down_proj/weight", "D F -> F D"),
@@ -86,7 +91,12 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         joined = vision.width * vision.merge_size**2
         letters |= {"E": vision.width, "I": vision.width, "W": vision.mlp_width, "J": joined, "M": joined}
         letters |= {"q": 3, "n": vision.heads, "h": vision.head_width}
-        letters |= {"c": vision.channels, "t": vision.temporal_patch_size, "y": vision.patch_size, "x": vision.patch_size}
+        letters |= {
+            "c": vision.channels,
+            "t": vision.temporal_patch_size,
+            "y": vision.patch_size,
+            "x": vision.patch_size,
+        }
     return letters
 
 
@@ -124,7 +134,7 @@ def rearrange(array: np.ndarray, layout: str, letters: dict[str, int], reverse: 
     rearrange(ones(6, 4), "(N H) D -> D N H", {"N": 2, "H": 3, "D": 4}) has shape (4, 2, 3)
     """
     source, target = (_axes(side) for side in (layout.split("->")[::-1] if reverse else layout.split("->")))
-    flat_source, flat_target = sum(source, []), sum(target, [])
+    flat_source, flat_target = functools.reduce(operator.iadd, source, []), functools.reduce(operator.iadd, target, [])
     split = array.reshape([letters[letter] for letter in flat_source])
     turned = split.transpose([flat_source.index(letter) for letter in flat_target])
     return turned.reshape(_shape(target, letters))

@@ -138,7 +138,7 @@ def test_a_config_without_a_place_in_the_published_layout_is_not_written():
 
 def test_impossible_sizes_are_refused_together():
     text = tiny().text
-    with pytest.raises(ValueError, match="heads=4 is no multiple of kv_heads=3.*mrope_section=\\(1, 1, 1\\)"):
+    with pytest.raises(ValueError, match=r"heads=4 is no multiple of kv_heads=3.*mrope_section=\(1, 1, 1\)"):
         dataclasses.replace(text, kv_heads=3, mrope_section=(1, 1, 1))
     with pytest.raises(ValueError, match="head width divisible by 4"):
         VisionConfig(width=20, layers=1, heads=2, mlp_width=80)

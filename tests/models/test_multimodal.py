@@ -1,4 +1,6 @@
-"""The joined model against itself: packed and alone, rematerialised or not; transformers is compared in tests/parity."""
+"""The joined model against itself: packed and alone, rematerialised or not. transformers is in tests/parity."""
+
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,11 @@ from ain_jax.models.config import tiny
 from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
 
 CONFIG = tiny(tied=False)
-S, E, I = CONFIG.vision_start_token_id, CONFIG.vision_end_token_id, CONFIG.image_token_id
+START, END, IMAGE = CONFIG.vision_start_token_id, CONFIG.vision_end_token_id, CONFIG.image_token_id
 CONVERSATIONS = (  # tokens, grids of their pictures
-    ([5, 6, S] + [I] * 6 + [E, 7, 8, S] + [I] * 2 + [E, 9], [(1, 4, 6), (1, 4, 2)]),
+    ([5, 6, START] + [IMAGE] * 6 + [END, 7, 8, START] + [IMAGE] * 2 + [END, 9], [(1, 4, 6), (1, 4, 2)]),
     ([10, 11, 12, 13], []),
-    ([14, S] + [I] * 4 + [E, 15, 16], [(1, 2, 8)]),
+    ([14, START] + [IMAGE] * 4 + [END, 15, 16], [(1, 2, 8)]),
 )
 
 
@@ -23,6 +25,15 @@ CONVERSATIONS = (  # tokens, grids of their pictures
 def params():
     # Larger than at the start of training, so that every part of the model is felt in the hidden states.
     return jax.tree.map(lambda x: 1.5 * x + 0.1, init_params(CONFIG, jax.random.key(0)))
+
+
+@lru_cache
+def compiled(**settings):
+    return jax.jit(lambda p, arrays: MultimodalModel(CONFIG, **settings).apply({"params": p}, **arrays))
+
+
+def hidden_of(params, arrays, **settings):
+    return np.asarray(compiled(**settings)(params, arrays))
 
 
 def patches_of(seed, grids):
@@ -46,10 +57,10 @@ def packed_row(L=48, P=64):
     for number, (tokens, grids) in enumerate(CONVERSATIONS):
         here = slice(at, at + len(tokens))
         spans.append(here)
-        is_picture = np.array(tokens) == I
+        is_picture = np.array(tokens) == IMAGE
         arrays["tokens_BL"][0, here] = tokens
         arrays["segments_BL"][0, here] = number + 1
-        arrays["positions_3BL"][:, 0, here] = mrope_positions(tokens, grids, I)
+        arrays["positions_3BL"][:, 0, here] = mrope_positions(tokens, grids, IMAGE)
         arrays["feature_index_BL"][0, here][is_picture] = patch // 4 + np.arange(is_picture.sum())
         patches, done = patches_of(number, grids), 0
         for grid in grids:
@@ -63,33 +74,32 @@ def packed_row(L=48, P=64):
     return arrays, spans
 
 
-def alone(number):
+def alone(number, L=48, P=64):
     tokens, grids = CONVERSATIONS[number]
     prompt = Prompt(np.array(tokens), patches_of(number, grids) if grids else None, tuple(grids))
-    arrays = rows_of([prompt], CONFIG, 1, len(tokens), sum(int(np.prod(grid)) for grid in grids))
+    arrays = rows_of([prompt], CONFIG, 1, L, P)
     return {name: array for name, array in arrays.items() if name not in ("length_B", "next_position_B")}
 
 
 @pytest.mark.parametrize("settings", [{}, {"longest_image": 24}], ids=["whole", "in bands"])
 def test_packed_conversations_equal_the_conversations_alone(params, settings):
     arrays, spans = packed_row()
-    hidden_LD = np.asarray(MultimodalModel(CONFIG, **settings).apply({"params": params}, **arrays))[0]
+    hidden_LD = hidden_of(params, arrays, **settings)[0]
     assert np.isfinite(hidden_LD).all()
     for number, span in enumerate(spans):
-        expected_LD = MultimodalModel(CONFIG).apply({"params": params}, **alone(number))[0]
-        np.testing.assert_allclose(hidden_LD[span], expected_LD, atol=1e-5)
+        expected_LD = hidden_of(params, alone(number))[0]
+        np.testing.assert_allclose(hidden_LD[span], expected_LD[: span.stop - span.start], atol=1e-5)
 
 
 def test_a_picture_longer_than_promised_is_not_cut(params):
     arrays, _ = packed_row()
-    hidden = MultimodalModel(CONFIG, longest_image=16).apply({"params": params}, **arrays)
-    assert np.isnan(hidden).any()
+    assert np.isnan(hidden_of(params, arrays, longest_image=16)).any()
 
 
 def test_without_patches_the_image_encoder_is_not_run(params):
     arrays = {name: packed_row()[0][name] for name in ("tokens_BL", "segments_BL", "positions_3BL")}
     text_only = {"model": params["model"], "lm_head": params["lm_head"]}
-    hidden = MultimodalModel(CONFIG).apply({"params": text_only}, **arrays)
+    hidden = hidden_of(text_only, arrays)
     assert hidden.shape == (1, 48, CONFIG.text.width)
 
 
@@ -111,22 +121,24 @@ def test_rematerialised_layers_give_the_same_gradients(params):
         return jax.jit(jax.grad(loss))(params)
 
     plain, full = gradients("none"), gradients("full")
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves({"v": plain["visual"], "l": plain["model"]["layers"]}))
+    assert all(
+        np.abs(leaf).max() > 0 for leaf in jax.tree.leaves({"v": plain["visual"], "l": plain["model"]["layers"]})
+    )
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(full), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-4)
 
 
 def test_bfloat16_stays_near_float32(params):
     arrays, spans = packed_row()
-    exact, rough = (MultimodalModel(CONFIG, dtype).apply({"params": params}, **arrays) for dtype in (jnp.float32, jnp.bfloat16))
+    exact, rough = hidden_of(params, arrays), hidden_of(params, arrays, dtype=jnp.bfloat16)
     assert rough.dtype == jnp.bfloat16
-    difference = np.asarray(exact - rough.astype(jnp.float32))[0, : spans[-1].stop]
+    difference = (exact - rough.astype(np.float32))[0, : spans[-1].stop]
     assert 1e-4 < np.abs(difference).mean() < 0.1
 
 
 def test_every_parameter_has_a_shape_and_a_name_for_each_axis():
     shapes, names = abstract_params(CONFIG), axis_names(CONFIG)
-    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+    is_names = lambda x: isinstance(x, tuple)
     assert jax.tree.structure(shapes) == jax.tree.structure(names, is_leaf=is_names)
     for shape, axes in zip(jax.tree.leaves(shapes), jax.tree.leaves(names, is_leaf=is_names), strict=True):
         assert len(shape.shape) == len(axes) and all(axes)
@@ -144,15 +156,24 @@ def test_fresh_parameters_follow_the_key_and_start_quietly():
     tokens = np.arange(64, dtype=np.int32)[None]
     positions = np.broadcast_to(tokens, (3, 1, 64))
     model = MultimodalModel(config)
-    hidden = model.apply({"params": first}, tokens, np.ones_like(tokens), positions)
-    logits = model.apply({"params": first}, hidden, method="logits")
+
+    @jax.jit
+    def logits_of(p):
+        hidden = model.apply({"params": p}, tokens, np.ones_like(tokens), positions)
+        return model.apply({"params": p}, hidden, method="logits")
+
+    logits = logits_of(first)
     assert float(jnp.std(logits)) < 0.5  # so that the first loss is near log V
 
 
 def test_wrong_patches_are_refused(params):
     arrays, _ = packed_row()
-    with pytest.raises(ValueError, match=r"patches of 95 values, but the tower reads 96 = 3 channels x 2 frames x 4 x 4"):
-        MultimodalModel(CONFIG).apply({"params": params}, **(arrays | {"patches_BPC": arrays["patches_BPC"][:, :, :95]}))
+    with pytest.raises(
+        ValueError, match=r"patches of 95 values, but the tower reads 96 = 3 channels x 2 frames x 4 x 4"
+    ):
+        MultimodalModel(CONFIG).apply(
+            {"params": params}, **(arrays | {"patches_BPC": arrays["patches_BPC"][:, :, :95]})
+        )
     fewer = {name: arrays[name][:, :63] for name in ("patches_BPC", "patch_positions_BP2", "patch_segments_BP")}
     with pytest.raises(ValueError, match="63 patches per row cannot be merged 2 x 2"):
         MultimodalModel(CONFIG).apply({"params": params}, **(arrays | fewer))

@@ -1,6 +1,6 @@
 """What ain_jax makes of a picture-and-text conversation, for `check_export.py` to compare.
 
-    python tests/parity/write_reference.py FOLDER REFERENCE.npz
+python tests/parity/write_reference.py FOLDER REFERENCE.npz
 """
 
 import json

@@ -25,8 +25,8 @@ LOOKALIKES = ("بتثني", "جحخ", "دذ", "رز", "سش", "صض", "طظ", "�
 DIALECTS = ("arz", "ary", "arq")
 
 ASK_READ = {
-    "ar": ("اقرأ النص في الصورة حرفًا حرفًا.", "ما الحروف المكتوبة في الصورة؟"),
-    "en": ("Read the text in the picture letter by letter.", "Which letters are written in the picture?"),
+    "ar": ("اقرأ الحروف.", "ما المكتوب؟"),
+    "en": ("Read the letters.", "What is written?"),
 }
 ASK_NAME = {
     "ar": ("ما هذا؟", "ماذا ترى في الصورة؟"),
@@ -50,7 +50,9 @@ class SampleParams:
     read_pictures: int = 6000
     read_test_pictures: int = 300  # in `test`, and again in `test_rendered`
     read_line_share: float = 0.15  # share of pictures with two or three words
+    read_short_share: float = 0.0  # share of pictures in `train` that show one to three letters of a word
     read_letters: int = 8  # longest word to read
+    multiple: int = 28  # both sides of a picture are multiples of it: patch times merge of the model that reads them
     read_height: int = 28
     read_fill: tuple[float, float] = (0.65, 0.9)
     read_angle: float = 3.0
@@ -69,6 +71,8 @@ class SampleParams:
     def __post_init__(self):
         if not 0 < self.held_out_share < 0.5:
             raise ValueError(f"held_out_share {self.held_out_share}: expected a share above 0 and below 0.5")
+        if not 0 <= self.read_short_share < 1:
+            raise ValueError(f"read_short_share {self.read_short_share}: expected 0 or more and below 1")
         if not self.fonts:
             raise ValueError("fonts is empty; name at least one font file")
         for font in self.fonts:
@@ -236,17 +240,28 @@ def spell(words: Sequence[str]) -> str:
 
 
 def read_words(params: SampleParams, split: str, index: int) -> list[str]:
-    """The word, or the two or three words, of one picture."""
-    if split == "test_rendered":  # what some trained picture shows
-        split, index = (
-            "train",
-            int(generator(params, "read/test_rendered/which", index).integers(params.read_pictures)),
-        )
+    """The word, the two or three words, or in `train` the few letters of one picture."""
     words = held_out(params).words if split == "test" else held_out(params).train_words
-    rng = generator(params, f"read/{split}/words", index)
+    if split == "test_rendered":  # what some trained picture shows, a whole word or line
+        split = "train"
+        index = int(generator(params, "read/test_rendered/which", index).integers(params.read_pictures))
+        while params.read_short_share and _short(params, index)[0]:
+            index = (index + 1) % params.read_pictures
+    short, rng = _short(params, index) if split == "train" else (False, generator(params, f"read/{split}/words", index))
+    if short:
+        word = words[rng.integers(len(words))]
+        begin, length = rng.integers(len(word)), rng.choice((1, 1, 1, 2, 2, 3))
+        part = word[begin : begin + length]
+        return [part if part not in held_out(params).words else part[0]]
     if rng.random() < params.read_line_share:
         return [words[i] for i in rng.integers(len(words), size=rng.integers(2, 4))]
     return [words[_order(params, split, len(words))[index % len(words)]]]  # each word once before any comes twice
+
+
+def _short(params: SampleParams, index: int) -> tuple[bool, np.random.Generator]:
+    """Whether a picture of `train` shows a few letters, and the numbers to draw the rest with."""
+    rng = generator(params, "read/train/words", index)
+    return bool(rng.random() < params.read_short_share), rng
 
 
 @lru_cache(maxsize=8)
@@ -268,11 +283,12 @@ def _reading(params: SampleParams, name: str, words: list[str], rng: np.random.G
         font_path(_pick(params.fonts, rng)),
         rng,
         height=params.read_height,
+        multiple=params.multiple,
         fill=params.read_fill,
         angle=params.read_angle,
     )
     messages = _turns(f"{IMAGE}\n{_pick(ASK_READ[language], rng)}", spell(words))
-    kind = "word" if len(words) == 1 else "line"
+    kind = "line" if len(words) > 1 else "word"
     return Record(name, "read", language, kind, messages=messages, images=(encode_png(picture),))
 
 
@@ -299,7 +315,7 @@ def _naming(
     params: SampleParams, record_id: str, table: str, row: Row, language: str, rng: np.random.Generator
 ) -> Record:
     picture = object_picture(
-        _cutout(row["image"]), rng, params.object_size, scale=params.object_scale, angle=params.object_angle
+        _cutout(row["image"]), rng, params.object_size, params.multiple, scale=params.object_scale, angle=params.object_angle
     )
     questions = ASK_FLAG if table == "flags" else ASK_NAME
     messages = _turns(f"{IMAGE}\n{_pick(questions[language], rng)}", row[f"name_{language}"])

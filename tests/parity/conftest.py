@@ -1,0 +1,108 @@
+"""Tiny random Qwen2-VL models of transformers, and conversations with and without pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ain_jax.models.config import ModelConfig, tiny, to_hf
+from ain_jax.weights.export import write_json
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model of transformers with random weights, and the folder it was saved to."""
+
+    model: Any
+    config: ModelConfig
+    folder: Path
+
+
+# Each case has a setting the others lack.
+CASES = {
+    "tied": tiny(tied=True),
+    "untied": tiny(tied=False, norm_eps=1e-5),
+    "one key head": tiny(tied=True, kv_heads=1, rope_theta=1e6),
+    "no groups": tiny(tied=False, kv_heads=4, mrope_section=(1, 2, 1)),
+}
+
+
+@pytest.fixture(scope="session", params=CASES)
+def reference(request, tmp_path_factory) -> Reference:
+    return make_reference(CASES[request.param], tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory) -> Reference:
+    return make_reference(CASES["untied"], tmp_path_factory.mktemp("untied"))
+
+
+def make_reference(config: ModelConfig, folder: Path) -> Reference:
+    """Weights so large that the logits have a standard deviation of 1 or more, and every bias and norm is felt."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+
+    write_json(folder / "config.json", to_hf(config))
+    model = Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(folder, attn_implementation="eager")).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            values = torch.randn(weight.shape, generator=generator)
+            if name.endswith("bias"):
+                weight.copy_(0.3 * values)
+            elif weight.ndim == 1:
+                weight.copy_(1 + 0.2 * values)
+            elif "embed_tokens" in name or "lm_head" in name:
+                weight.copy_(0.3 * values)
+            else:
+                weight.copy_(values / weight[0].numel() ** 0.5)
+    model.save_pretrained(folder)
+    return Reference(model, config, folder)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    tokens: list[int]
+    grids: tuple[tuple[int, int, int], ...]
+    patches: np.ndarray | None
+
+
+def conversations(config: ModelConfig) -> dict[str, Conversation]:
+    """Uneven pictures, several, one, none."""
+    start, end, image = config.vision_start_token_id, config.vision_end_token_id, config.image_token_id
+    rng = np.random.default_rng(0)
+
+    def conversation(parts: list[Any]) -> Conversation:
+        tokens: list[int] = []
+        for part in parts:
+            tokens += [part] if isinstance(part, int) else [start, *[image] * (int(np.prod(part)) // 4), end]
+        grids = tuple(part for part in parts if not isinstance(part, int))
+        count = sum(int(np.prod(grid)) for grid in grids)
+        patches = rng.normal(size=(count, config.vision.patch_values)).astype(np.float32) if count else None
+        return Conversation(tokens, grids, patches)
+
+    return {
+        "two uneven pictures": conversation([1, 2, 3, (1, 4, 6), 7, 8, (1, 2, 10), 9, 10, 11]),
+        "a picture first": conversation([(1, 8, 4), 20, 21, 22, 23]),
+        "three pictures in a row": conversation([5, (1, 2, 2), (1, 4, 2), (1, 2, 8), 6]),
+        "no picture": conversation([30, 31, 32, 33, 34, 35, 36]),
+    }
+
+
+@pytest.fixture
+def talk():
+    return conversations
+
+
+@pytest.fixture
+def build():
+    return make_reference

@@ -1,0 +1,89 @@
+"""The whole experiment at its smallest: it runs, repeats itself, and survives being stopped anywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Inside every stage, during a save, between stages; some more than once in one stage.
+POINTS = (
+    "KILL@data",
+    "KILL@tokenizer",
+    "KILL@result:extend_tokenizer",
+    "KILL@tokenise",
+    "KILL@plan:pretrain",
+    "INT@step:pretrain:3",
+    "KILL@step:pretrain:9",
+    "KILL@saving:pretrain",
+    "KILL@between:pretrain",
+    "TERM@step:instruct:5",
+    "KILL@saved:instruct",
+    "KILL@reference:prefer",
+    "INT@step:prefer:2",
+    "KILL@result:prefer",
+    "KILL@model:evaluate:instruct",
+    "KILL@weights",
+    "KILL@result:export",
+)
+
+
+def start(point: str, folder: Path, cache: Path) -> subprocess.CompletedProcess:
+    arguments = ["--exp", "ain_minute", "--run_dir", str(folder), "--set", "Trainer.save_seconds=0.5"]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "XLA_FLAGS": "",
+    }
+    script = str(Path(__file__).with_name("stopped.py"))
+    return subprocess.run(
+        [sys.executable, script, point, *arguments], env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def numbers(folder: Path) -> dict:
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    return {k: v for k, v in summary.items() if k != "times"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder, cache = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("compiled")
+    done = start("", folder, cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, cache
+
+
+def test_writes_what_it_promises(whole):
+    folder, _ = whole
+    assert (folder / "config.gin").read_text("utf-8").count("pretrain/Trainer.steps = 12") == 1
+    for stage in ("pretrain", "instruct", "prefer"):
+        lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text("utf-8").splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        assert list((folder / stage / "tensorboard").glob("events*"))
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {p.name for p in (folder / "export").iterdir()}
+    assert numbers(folder)["stages"]["extend_tokenizer"]["fertility"]["ar"]["after"]["tokens_per_word"] < 3.5
+
+
+def test_stopped_at_every_point_it_ends_with_the_same_numbers(whole, tmp_path):
+    folder, cache = whole
+    for point in POINTS:
+        stopped = start(point, tmp_path, cache)
+        assert f"stopping at {point}" in stopped.stderr, f"{point} was never reached:\n{stopped.stderr[-3000:]}"
+        expected = {"KILL": (-9,), "INT": (130, -2), "TERM": (130, -15)}[point.partition("@")[0]]
+        assert stopped.returncode in expected, f"{point}: {stopped.returncode}\n{stopped.stderr[-3000:]}"
+        assert not (tmp_path / "summary.json").exists()
+    done = start("", tmp_path, cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "pretrain         finished before" in done.stderr
+    assert numbers(tmp_path) == numbers(folder)
+    for stage in ("pretrain", "instruct", "prefer"):
+        lines = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text("utf-8").splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))

@@ -1,0 +1,99 @@
+"""Decoding against a forward pass over the whole row; transformers' generate is compared in tests/parity."""
+
+import jax
+import numpy as np
+import pytest
+
+from ain_jax.generate import Prompt, generate, main, rows_of
+from ain_jax.models.config import tiny
+from ain_jax.models.multimodal import MultimodalModel, init_params
+
+CONFIG = tiny(tied=False)
+START, END, IMAGE = CONFIG.vision_start_token_id, CONFIG.vision_end_token_id, CONFIG.image_token_id
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda x: 1.5 * x + 0.05, init_params(CONFIG, jax.random.key(3)))
+
+
+def picture(grid, seed):
+    return np.random.default_rng(seed).normal(size=(int(np.prod(grid)), CONFIG.vision.patch_values)).astype(np.float32)
+
+
+PROMPTS = [
+    Prompt([5, 6, 7, 8, 9, 10, 11]),
+    Prompt([5, START, *[IMAGE] * 6, END, 7], picture((1, 4, 6), 0), ((1, 4, 6),)),
+    Prompt([12]),
+    Prompt(
+        [START, *[IMAGE] * 2, END, START, *[IMAGE] * 4, END, 9, 10],
+        np.concatenate([picture((1, 4, 2), 1), picture((1, 4, 4), 2)]),
+        ((1, 4, 2), (1, 4, 4)),
+    ),
+    Prompt(list(range(20, 60))),
+]
+
+
+@pytest.fixture(scope="module")
+def greedy(params):
+    return generate(params, CONFIG, PROMPTS, NEW)
+
+
+def test_each_new_token_is_the_likeliest_after_those_before_it(params, greedy):
+    model = MultimodalModel(CONFIG)
+
+    @jax.jit
+    def logits_of(p, arrays):
+        return model.apply({"params": p}, model.apply({"params": p}, **arrays), method="logits")
+
+    for prompt, new in zip(PROMPTS, greedy, strict=True):
+        whole = Prompt([*prompt.tokens_L, *new], prompt.patches_PC, prompt.grids)
+        arrays = rows_of([whole], CONFIG, 1, 64, 64)
+        logits_LV = np.asarray(
+            logits_of(params, {k: v for k, v in arrays.items() if k not in ("length_B", "next_position_B")})
+        )[0]
+        start = len(prompt.tokens_L) - 1
+        assert len(new) == NEW
+        assert new == logits_LV[start : start + NEW].argmax(-1).tolist()
+
+
+def test_the_answer_ends_before_the_stop_id(params, greedy):
+    stop = greedy[0][3]
+    stopped = generate(params, CONFIG, PROMPTS, NEW, [stop, 10**6])
+    assert stopped[0] == greedy[0][: greedy[0].index(stop)]
+    assert all(new == full[: len(new)] and stop not in new for new, full in zip(stopped, greedy, strict=True))
+
+
+def test_drawn_tokens_do_not_depend_on_the_neighbours(params):
+    prompts = [Prompt([5 + i, 6]) for i in range(3)]
+    together = generate(params, CONFIG, prompts, NEW, temperature=1.0, seed=5, rows=2)
+    assert together == generate(params, CONFIG, prompts, NEW, temperature=1.0, seed=5, rows=1)
+    assert together != generate(params, CONFIG, prompts, NEW, temperature=1.0, seed=6, rows=2)
+
+
+def test_nothing_asked_nothing_said(params):
+    assert generate(params, CONFIG, [], 3) == []
+    assert generate(params, CONFIG, PROMPTS[:2], 0) == [[], []]
+
+
+def test_faulty_prompts_are_refused_together(params):
+    prompts = [Prompt([]), Prompt([1] * 511), Prompt([192]), Prompt([IMAGE], None, ((1, 2, 2),))]
+    with pytest.raises(ValueError) as error:
+        generate(params, CONFIG, prompts, 3)
+    for words in (
+        "prompt 0 has shape (0,)",
+        "prompt 1 of 511 tokens",
+        "512 positions",
+        "prompt 2 holds ids",
+        "prompt 3 has 0",
+    ):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match=r"spans of \[3\] image tokens, but the 1 pictures take \[1\]"):
+        generate(params, CONFIG, [Prompt([IMAGE] * 3, picture((1, 2, 2), 0), ((1, 2, 2),))], 3)
+
+
+def test_the_command_names_what_is_missing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--model", str(tmp_path), "hello"])
+    assert stopped.value.code == 2 and "config.json is missing" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+import jax
+import numpy as np
+import pytest
+
+from ain_jax.models.config import tiny
+from ain_jax.models.multimodal import abstract_params
+from ain_jax.weights.export import tensors
+from ain_jax.weights.table import canonical, published, rearrange, rows, sizes, their_shape
+
+LETTERS = {"N": 2, "H": 3, "D": 5}
+
+
+def test_joined_axes_are_split_and_turned():
+    theirs = np.arange(30).reshape(6, 5)  # row n * 3 + h
+    ours = rearrange(theirs, "(N H) D -> D N H", LETTERS)
+    assert ours.shape == (5, 2, 3)
+    assert all(ours[d, n, h] == theirs[n * 3 + h, d] for d, n, h in np.ndindex(5, 2, 3))
+    assert np.array_equal(rearrange(ours, "(N H) D -> D N H", LETTERS, reverse=True), theirs)
+
+
+@pytest.mark.parametrize("config", [tiny(), tiny(tied=False), tiny(qkv_bias=False), tiny(vision=False)])
+def test_the_table_and_the_declared_parameters_agree(config):
+    shapes = abstract_params(config)
+    flat = {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    assert {row.ours for row in rows(config)} == flat.keys()
+    letters = sizes(config)
+    for name, row, layer in published(config):
+        one = rearrange(np.empty(their_shape(row, letters)), row.layout, letters)
+        assert one.shape == (flat[row.ours] if layer is None else flat[row.ours][1:]), name
+
+
+def test_no_name_and_no_path_stands_twice():
+    names = [name for name, _, _ in published(tiny(tied=False))]
+    paths = [row.ours for row in rows(tiny(tied=False))]
+    assert len(set(names)) == len(names) and len(set(paths)) == len(paths)
+
+
+def test_newer_names_are_brought_to_the_published_ones():
+    assert canonical("model.language_model.layers.3.mlp.up_proj.weight") == "model.layers.3.mlp.up_proj.weight"
+    assert canonical("model.visual.blocks.0.norm1.bias") == "visual.blocks.0.norm1.bias"
+    assert canonical("lm_head.weight") == "lm_head.weight"
+
+
+def test_parameters_without_a_row_are_not_exported():
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), abstract_params(tiny(tied=True)))
+    params["lm_head"] = {"weight": np.zeros((192, 32), np.float32)}
+    del params["model"]["norm"]
+    with pytest.raises(ValueError, match="lm_head/weight has no published name; model/norm/weight is missing"):
+        list(tensors(params, tiny(tied=True)))
