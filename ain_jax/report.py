@@ -16,17 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ain_jax.report_measures import Verdict, columns, heading, held, table, verdicts
+from ain_jax.report_measures import Verdict, columns, duration, heading, held, table, verdicts
 
 __all__ = ["Verdict", "main", "print_stage", "print_table", "verdicts", "write"]
-
-
-def duration(seconds: float) -> str:
-    """13.3 -> "13.3 s", 245 -> "4 min 05 s"."""
-    if seconds < 119.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
 
 
 def print_stage(stage: str, numbers: Mapping[str, Any], seconds: float) -> None:

@@ -162,3 +162,11 @@ def _present(values: Mapping[str, Any]) -> dict[str, float]:
 def held(claims: Sequence[Verdict]) -> str:
     """How many of the claims hold, in words."""
     return f"{sum(v.holds for v in claims)} of {len(claims)} targets hold"
+
+
+def duration(seconds: float) -> str:
+    """13.3 -> "13.3 s", 245 -> "4 min 05 s"."""
+    if seconds < 119.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"

@@ -53,15 +53,13 @@ class Plot:
 
 def render(summary: Mapping[str, Any], root: Path, config: str) -> str:
     """The whole page as text."""
-    from ain_jax.report import duration
-
     stages = list(summary.get("stages") or {})
     rows = report_measures.table(summary)
     template = (importlib.resources.files("ain_jax") / "report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"direction": direction, "lang": lang, "visible": visible, "duration": duration}
+    environment.filters |= {"direction": direction, "lang": lang, "visible": visible, "duration": report_measures.duration}
     return environment.from_string(template).render(
         name=summary.get("experiment", root.name),
         description=_description(config),
@@ -96,7 +94,7 @@ def plot(stage: str, lines: Sequence[Mapping[str, Any]]) -> Plot | None:
     unit = "nats per pair" if any("margin" in line for line in lines) else "nats per token"
     looks = _looks([name for name in names if name != "loss"])
     series = []
-    settings = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 9, "font.family": "sans-serif"}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 10, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         axes = figure.subplots()
@@ -108,7 +106,8 @@ def plot(stage: str, lines: Sequence[Mapping[str, Any]]) -> Plot | None:
             if dash:
                 line.set_dashes(dash)
             drawn = " ".join(f"{length * 1.6:g}" for length in dash)
-            series.append(Series(name.removeprefix("loss/preference/").removeprefix("loss/") if name in looks else "all", colour, drawn, values_S[0], values_S[-1]))
+            called = name.removeprefix("loss/preference/").removeprefix("loss/") if name in looks else "all"
+            series.append(Series(called, colour, drawn, values_S[0], values_S[-1]))
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel(f"loss, {unit}", color=INK)
         axes.grid(axis="y", color=GRID, linewidth=0.6)

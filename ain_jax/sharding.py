@@ -1,6 +1,7 @@
 """The mesh, and the one table from array axes to mesh axes."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,10 +61,10 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.shardin
         twice = used.intersection(wanted)
         if twice:
             raise ValueError(f"axes {axes}: mesh axis {sorted(twice)[0]!r} would be used twice; change sharding.RULES")
-        parts = int(np.prod([mesh.shape[w] for w in wanted])) if wanted else 1
+        parts = math.prod(mesh.shape[w] for w in wanted)
         if parts > 1 and size % parts == 0:
             used.update(wanted)
-            entries.append(wanted if len(wanted) > 1 else wanted[0])
+            entries.append(wanted)
         else:
             entries.append(None)
     return PartitionSpec(*entries)

@@ -15,6 +15,7 @@ from ain_jax.stages.export import Export
 from ain_jax.stages.extend_tokenizer import Tokenizer
 from ain_jax.stages.prefer import Preference
 from ain_jax.train.loop import Trainer
+from ain_jax.train.losses import NextToken
 from ain_jax.train.optimizer import Optimizer
 
 _MODEL = (SampleParams, Packing, ImageSettings, Model, Mesh)
@@ -22,8 +23,8 @@ _TRAINING = (*_MODEL, Mixture, Start, Optimizer, Trainer)
 
 SETTINGS: Mapping[str, tuple[type, ...]] = {
     "extend_tokenizer": (Tokenizer, SampleParams),
-    "pretrain": _TRAINING,
-    "instruct": _TRAINING,
+    "pretrain": (*_TRAINING, NextToken),
+    "instruct": (*_TRAINING, NextToken),
     "prefer": (*_TRAINING, Preference),
     "evaluate": (Evaluation, *_MODEL),
     "export": (Export, ImageSettings, Model, Mesh),

@@ -6,5 +6,5 @@ from ain_jax.train import losses
 
 def run(stage: common.StageRun) -> dict:
     rows = stage.training_rows()
-    loss = losses.next_token(stage.model, len(rows.groups))
+    loss = losses.next_token(stage.model, len(rows.groups), stage.get(losses.NextToken))
     return common.fit(stage, stage.starting_params(), loss, rows)

@@ -26,6 +26,20 @@ class Sums:
 
 Loss = Callable[[Any, Any, Any, Any], Sums]
 
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Settings of the next-token loss."""
+
+    label_smoothing: float = 0.0  # share of each target given to the whole vocabulary evenly
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing = {self.label_smoothing}: expected 0 or more and below 1")
+
+
+PLAIN = NextToken()
+
 TARGET_CHUNK = 64  # learnt positions of each row whose logits are held at once
 
 
@@ -81,10 +95,10 @@ def group_sums(values: jax.Array, weights: jax.Array, groups: jax.Array, count: 
     return sums, jax.ops.segment_sum(weights.reshape(-1), flat, count)
 
 
-def next_token(model: Any, groups: int, label_smoothing: float = 0.0) -> Loss:
+def next_token(model: Any, groups: int, settings: NextToken = PLAIN) -> Loss:
     """Cross-entropy of the learnt tokens, in nats; reported by group as `loss` and `accuracy`.
 
-    `label_smoothing` (arXiv 1512.00567, section 7) gives that share of each target to the whole vocabulary evenly. In a
+    Label smoothing (arXiv 1512.00567, section 7) gives a share of each target to the whole vocabulary evenly. In a
     large vocabulary most pieces never occur in a small corpus; the share keeps them unlikely rather than impossible.
     The reported `loss` is the plain cross-entropy.
     """
@@ -98,8 +112,8 @@ def next_token(model: Any, groups: int, label_smoothing: float = 0.0) -> Loss:
             "accuracy": group_sums(correct_BC.astype(jnp.float32), weights_BC, batch.target_groups_BC, groups),
         }
         aims_BC = log_probs_BC
-        if label_smoothing:
-            aims_BC = (1 - label_smoothing) * log_probs_BC + label_smoothing * mean_BC
+        if settings.label_smoothing:
+            aims_BC += settings.label_smoothing * (mean_BC - log_probs_BC)
         return Sums(-(aims_BC * weights_BC).sum(), weights_BC.sum(), parts)
 
     return loss

@@ -17,12 +17,15 @@ TIMES = ("tokens_per_second", "seconds")  # what differs between two equal runs
 
 
 def numbers(sums: Sums, groups: Sequence[str]) -> dict[str, float]:
-    """Means from sums and counts: `loss` over everything, and `loss/read/ar` for a group that occurred."""
+    """Means from sums and counts: `loss` over everything, and `loss/read/ar` for a group that occurred.
+
+    A loss without a part of that name (a smoothed one has such a part: the plain cross-entropy) is itself the `loss`.
+    """
     count = float(sums.count)
     result = {"loss": float(sums.loss) / max(count, 1.0), "targets": count}
     for name, (total_G, count_G) in sums.parts.items():
         total_G, count_G = np.asarray(total_G, np.float64), np.asarray(count_G, np.float64)
-        if name != "loss" and count_G.sum():
+        if count_G.sum():
             result[name] = float(total_G.sum() / count_G.sum())
         for group, total, seen in zip(groups, total_G, count_G, strict=True):
             if seen:
@@ -45,6 +48,7 @@ class Log:
             total=steps, initial=start, desc=f"{stage:16}", unit="step", dynamic_ncols=True, mininterval=0.5
         )
         self._filled, self._begun, self._tokens = filled, time.monotonic(), 0
+        self._first: float | None = None
 
     def _keep_up_to(self, step: int) -> None:
         if not self.path.exists():
@@ -56,9 +60,12 @@ class Log:
 
     def write(self, step: int, values: Mapping[str, float], tokens: int) -> None:
         """Record step `step` (counted from 1), which took in `tokens` tokens that are not padding."""
-        self._tokens += tokens
         seconds = time.monotonic() - self._begun
-        speed = self._tokens / max(seconds, 1e-9)
+        if self._first is None:  # the step that compiles is no measure of speed
+            self._first = seconds
+        else:
+            self._tokens += tokens
+        speed = self._tokens / max(seconds - self._first, 1e-9)
         line = {"step": step, **{k: round(v, 6) for k, v in values.items()}, "filled": round(self._filled, 4)}
         self._file.write(json.dumps({**line, "tokens_per_second": round(speed), "seconds": round(seconds, 2)}) + "\n")
         self._file.flush()

@@ -76,7 +76,8 @@ def _stored(folder: Path) -> list[tuple[str, Path, tuple[int, ...]]]:
     stored = []
     for path in (folder / name for name in names):
         with _open(path) as file:
-            stored += [(name, path, tuple(file.get_slice(name).get_shape())) for name in file]
+            names_here = file.keys()  # the file itself cannot be iterated
+            stored += [(name, path, tuple(file.get_slice(name).get_shape())) for name in names_here]
     return stored
 
 

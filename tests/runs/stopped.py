@@ -1,4 +1,4 @@
-"""Run an experiment and stop it at a named point, as a kill or a Ctrl-C would: `python stopped.py POINT [ARGUMENT ...]`.
+"""Run an experiment and stop it at a named point, as a kill would: `python stopped.py POINT [ARGUMENT ...]`.
 
 A point is `SIGNAL@PLACE`, where PLACE is one of the functions below with a count: `KILL@step:pretrain:3` kills the
 process with SIGKILL when step 3 of pretrain has been written down, `INT@step:instruct:2` sends SIGINT instead.
@@ -13,7 +13,7 @@ from pathlib import Path
 def main() -> int:
     point, *arguments = sys.argv[1:]
     name, _, place = point.partition("@")
-    what, stage, count = (place.split(":") + ["", ""])[:3]
+    what, stage, count = [*place.split(":"), "", ""][:3]
     number = getattr(signal, f"SIG{name}") if name else None
 
     from ain_jax import run as runner

@@ -315,7 +315,12 @@ def _naming(
     params: SampleParams, record_id: str, table: str, row: Row, language: str, rng: np.random.Generator
 ) -> Record:
     picture = object_picture(
-        _cutout(row["image"]), rng, params.object_size, params.multiple, scale=params.object_scale, angle=params.object_angle
+        _cutout(row["image"]),
+        rng,
+        params.object_size,
+        params.multiple,
+        scale=params.object_scale,
+        angle=params.object_angle,
     )
     questions = ASK_FLAG if table == "flags" else ASK_NAME
     messages = _turns(f"{IMAGE}\n{_pick(questions[language], rng)}", row[f"name_{language}"])
