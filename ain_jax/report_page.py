@@ -59,7 +59,7 @@ def render(summary: Mapping[str, Any], root: Path, config: str) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"direction": direction, "lang": lang, "visible": visible, "duration": report_measures.duration}
+    environment.filters |= {"direction": direction, "lang": lang, "visible": visible}
     return environment.from_string(template).render(
         name=summary.get("experiment", root.name),
         description=_description(config),
@@ -78,7 +78,7 @@ def render(summary: Mapping[str, Any], root: Path, config: str) -> str:
         fertility=(summary.get("stages", {}).get("extend_tokenizer") or {}).get("fertility") or {},
         samples=samples(root / "evaluate" / "shown", [report_measures.BEFORE, *stages]),
         config=config,
-        colours=COLOURS,
+        duration=report_measures.duration,
     )
 
 

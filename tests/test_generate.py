@@ -10,12 +10,13 @@ from ain_jax.models.multimodal import MultimodalModel, init_params
 
 CONFIG = tiny(tied=False)
 START, END, IMAGE = CONFIG.vision_start_token_id, CONFIG.vision_end_token_id, CONFIG.image_token_id
-NEW = 6
+NEW = 12
 
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(lambda x: 1.5 * x + 0.05, init_params(CONFIG, jax.random.key(3)))
+    # Large weights: each token then hangs on all the tokens before it.
+    return jax.tree.map(lambda x: 3.0 * x, init_params(CONFIG, jax.random.key(3)))
 
 
 def picture(grid, seed):

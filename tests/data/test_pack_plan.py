@@ -1,0 +1,128 @@
+"""A plan is the same wherever it is read, holds the shares asked for, and is made anew when anything changes."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+import worked
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ain_jax.data import pack_plan
+from ain_jax.data.mixture import Mixture
+from ain_jax.data.packing import Packing
+
+PACKING = Packing(row_tokens=32, window=16)
+
+
+def source(name, count, words, seed=0):
+    rng = np.random.default_rng(seed)
+    return worked.examples([worked.example(int(rng.integers(1000)), int(w)) for w in rng.integers(*words, count)], name)
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return {"short": source("short", 30, (2, 8)), "long": source("long", 12, (10, 24), 1)}
+
+
+def totals(plan, sources):
+    names = list(sources)
+    sizes = {name: s.sizes() for name, s in sources.items()}
+    return [sum((sizes[names[s]][e] for s, e in plan.row(r)), np.zeros(3, int)) for r in range(plan.rows)]
+
+
+def test_without_a_mixture_every_example_comes_once(sources, tmp_path):
+    plan = pack_plan.plan(sources, None, PACKING, None, 0, tmp_path / "plan.npz")
+    units = [tuple(u) for r in range(plan.rows) for u in plan.row(r)]
+    assert sorted(units) == [(0, e) for e in range(30)] + [(1, e) for e in range(12)]
+    used = np.stack(totals(plan, sources))
+    assert (used <= PACKING.budgets).all()
+    assert plan.filled == pytest.approx(used[:, 0].sum() / (32 * plan.rows))
+    assert plan.filled <= plan.best <= 1
+    assert plan.max_units == max(len(plan.row(r)) for r in range(plan.rows))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 120), st.floats(0.05, 20), st.sampled_from(["tokens", "examples"]), st.integers(0, 3))
+def test_a_mixture_gives_as_many_rows_as_asked_for_in_its_shares(tmp_path_factory, rows, weight, by, seed):
+    sources = {"short": source("short", 30, (2, 8)), "long": source("long", 12, (10, 24), 1)}
+    mixture = Mixture({"short": weight, "long": 1.0}, by=by)
+    plan = pack_plan.plan(sources, mixture, PACKING, rows, seed, tmp_path_factory.mktemp("plan") / "plan.npz")
+    assert plan.rows == rows
+    assert (np.stack(totals(plan, sources)) <= PACKING.budgets).all()
+    counted = Counter(int(s) for s, _ in plan.units_U2)
+    mean = [s.sizes()[:, 0].mean() if by == "tokens" else 1.0 for s in sources.values()]
+    raw = [weight / mean[0], 1.0 / mean[1]]
+    share = raw[0] / sum(raw)
+    # Up to a window of examples waits when the last row is made.
+    assert abs(counted[0] - share * len(plan.units_U2)) <= PACKING.window + 2
+
+
+def test_a_share_of_tokens_is_a_share_of_tokens(sources, tmp_path):
+    plan = pack_plan.plan(sources, Mixture({"short": 3.0, "long": 1.0}, "tokens"), PACKING, 400, 0, tmp_path / "p.npz")
+    sizes = [s.sizes()[:, 0] for s in sources.values()]
+    tokens = [sum(sizes[s][e] for s, e in plan.units_U2 if s == which) for which in (0, 1)]
+    assert tokens[0] / sum(tokens) == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_longer_run_begins_with_the_rows_of_the_shorter_one(sources, tmp_path):
+    mixture = Mixture({"short": 0.6, "long": 0.4})
+    short, long = (pack_plan.plan(sources, mixture, PACKING, n, 0, tmp_path / f"{n}.npz") for n in (20, 90))
+    for r in range(20):
+        np.testing.assert_array_equal(short.row(r), long.row(r))
+
+
+def test_a_stored_plan_is_read_and_gives_the_same_rows(sources, tmp_path, monkeypatch):
+    arguments = (sources, Mixture({"short": 0.6, "long": 0.4}), PACKING, 20, 3)
+    path = tmp_path / "folder" / "plan.npz"
+    made = pack_plan.plan(*arguments, path)
+    monkeypatch.setattr(pack_plan, "_make", lambda *_: pytest.fail("was made again"))
+    read = pack_plan.plan(*arguments, path)
+    for field in dataclasses.fields(read):
+        np.testing.assert_array_equal(getattr(read, field.name), getattr(made, field.name))
+        assert type(getattr(read, field.name)) is type(getattr(made, field.name))
+    for r in (19, 0, 7, 7):
+        np.testing.assert_array_equal(read.row(r), made.row(r))
+    assert [p.name for p in path.parent.iterdir()] == ["plan.npz"]
+
+
+def test_whatever_changes_makes_another_plan(sources, tmp_path):
+    mixture = Mixture({"short": 0.6, "long": 0.4})
+    changed = dataclasses.replace(sources["long"], fingerprint="other data")
+    variants = [
+        (sources, mixture, PACKING, 20, 0),
+        (sources, mixture, PACKING, 20, 1),
+        (sources, mixture, PACKING, 21, 0),
+        (sources, mixture, dataclasses.replace(PACKING, window=17), 20, 0),
+        (sources, mixture, dataclasses.replace(PACKING, row_targets=31), 20, 0),
+        (sources, dataclasses.replace(mixture, by="tokens"), PACKING, 20, 0),
+        (sources, Mixture({"short": 0.5, "long": 0.5}), PACKING, 20, 0),
+        (sources | {"long": changed}, mixture, PACKING, 20, 0),
+        # The same sources in another order: units count them, so a plan of the one is wrong for the other.
+        (dict(reversed(sources.items())), mixture, PACKING, 20, 0),
+        (sources, None, PACKING, None, 0),
+    ]
+    marks = [pack_plan.fingerprint(*v) for v in variants]
+    assert len(set(marks)) == len(marks)
+    path = tmp_path / "plan.npz"
+    for variant, mark in zip(variants, marks, strict=True):
+        assert pack_plan.plan(*variant, path).fingerprint == mark
+        assert pack_plan.load(path).fingerprint == mark
+
+
+def test_reordered_sources_are_laid_from_the_right_source(sources, tmp_path):
+    for order in (sources, dict(reversed(sources.items()))):
+        plan = pack_plan.plan(order, Mixture({"short": 0.6, "long": 0.4}), PACKING, 20, 0, tmp_path / "plan.npz")
+        assert (np.stack(totals(plan, order)) <= PACKING.budgets).all()
+        counted = Counter(list(order)[s] for s, _ in plan.units_U2)
+        assert counted["short"] > counted["long"]
+
+
+def test_what_cannot_be_learnt_from_is_refused(sources, tmp_path):
+    silent = dataclasses.replace(sources["long"], learn_T=np.zeros_like(sources["long"].learn_T))
+    with pytest.raises(ValueError, match="source long: example 0 has no token to learn from; check template and roles"):
+        pack_plan.plan(sources | {"long": silent}, None, PACKING, None, 0, tmp_path / "plan.npz")
+    with pytest.raises(ValueError, match="names 'shrt': did you mean 'short'"):
+        pack_plan.plan(sources, Mixture({"shrt": 1.0}), PACKING, 4, 0, tmp_path / "plan.npz")
+    assert not list(tmp_path.iterdir())

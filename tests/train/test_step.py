@@ -1,0 +1,104 @@
+"""One update: 8 rows at once and 8 times 1 row are the same, and what is frozen does not move by a bit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import worked
+
+from ain_jax.data.packing import Packing
+from ain_jax.models.multimodal import MultimodalModel, init_params
+from ain_jax.train import losses, optimizer, state
+from ain_jax.train.optimizer import Optimizer, path_name
+from ain_jax.train.step import make_update
+
+TEXT = Packing(row_tokens=24, row_targets=24)
+ROWS = worked.examples([worked.example(i, 1 + 2 * i, group=("ar", "en")[i % 2]) for i in range(8)])
+
+
+def made(loss, params, settings, accumulate=1):
+    rates = optimizer.rate_tree(params, settings.rates)
+    transform = optimizer.make(settings, params, 10)
+    return make_update(loss, transform, rates, accumulate), state.create(jax.tree.map(jnp.array, params), transform)
+
+
+def batch_of_rows():
+    rows = [[dataclasses.replace(s, group=int(ROWS.group_E[e])) for s in worked.segments(ROWS, e)] for e in range(8)]
+    return worked.batch(rows, TEXT)
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_accumulated_parts_give_the_update_of_the_whole(accumulate):
+    params, batch = worked.table(), batch_of_rows()
+    assert len(set((batch.target_segments_BC > 0).sum(axis=1))) > 3  # a mean of means would be another number
+    results = []
+    for parts in (1, accumulate):
+        update, begun = made(losses.next_token(worked.Bigram(), 2), params, Optimizer(0.1, clip=0.05), parts)
+        results.append(update(begun, {}, batch, jax.random.key(0)))
+    (one, one_sums, one_norm), (other, other_sums, other_norm) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one_sums, other_sums)
+    assert float(one_norm) == pytest.approx(float(other_norm), rel=1e-5)
+    np.testing.assert_allclose(one.params["table"], other.params["table"], atol=1e-6)
+    assert float(jnp.abs(one.params["table"] - params["table"]).max()) > 0.05
+    assert int(one.step) == int(other.step) == 1
+
+
+def test_each_part_takes_every_so_manieth_row():
+    # ... so that it lies spread over the devices as the whole batch does
+    seen = []
+
+    def loss(params, frozen, batch, key):
+        jax.debug.callback(lambda rows: seen.append(rows.tolist()), batch["row"])
+        return losses.Sums(params["w"] * 0.0 + batch["row"].sum().astype(jnp.float32), jnp.float32(1), {})
+
+    update, begun = made(loss, {"w": jnp.float32(1)}, Optimizer(0.1), 2)
+    update(begun, {}, {"row": jnp.arange(6)}, jax.random.key(0))
+    jax.effects_barrier()
+    assert sorted(seen) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_frozen_parameters_stay_bit_identical():
+    config = worked.CONFIG
+    params = init_params(config, jax.random.key(0))
+    settings = Optimizer(0.1, weight_decay=0.5, rates={"visual": 0.0, "model/embed_tokens": 0.0})
+    update, begun = made(losses.next_token(MultimodalModel(config), 2), params, settings)
+    batch, before = batch_of_rows(), jax.tree.map(np.array, params)
+    after, _, norm = update(begun, {}, batch, jax.random.key(0))
+    after, _, _ = update(after, {}, batch, jax.random.key(0))
+    assert float(norm) > 0
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after.params), strict=True):
+        name = path_name(path)
+        frozen = name.startswith(("visual/", "model/embed_tokens/"))
+        assert (old.tobytes() == np.asarray(new).tobytes()) == frozen, name
+
+
+def test_the_norm_is_of_the_mean_gradient_before_it_is_clipped():
+    params, batch = worked.table(), batch_of_rows()
+    loss = losses.next_token(worked.Bigram(), 2)
+    update, begun = made(loss, params, Optimizer(0.1, clip=0.01))
+    gradient = jax.grad(lambda p: loss(p, {}, batch, None).loss / loss(p, {}, batch, None).count)(params)
+    _, sums, norm = update(begun, {}, batch, jax.random.key(0))
+    assert float(norm) == pytest.approx(float(jnp.linalg.norm(gradient["table"])), rel=1e-5)
+    assert float(norm) > 0.01
+    assert float(sums.count) == (batch.target_segments_BC > 0).sum()
+
+
+def test_the_key_follows_the_step_and_the_part():
+    seen = []
+
+    def loss(params, frozen, batch, key):
+        jax.debug.callback(lambda bits: seen.append(int(bits)), jax.random.bits(key))
+        return losses.Sums(params["w"] * batch["row"].sum(), jnp.float32(1), {})
+
+    update, begun = made(loss, {"w": jnp.float32(1)}, Optimizer(0.1), 2)
+    batch = {"row": jnp.arange(4, dtype=jnp.float32)}
+    again = jax.tree.map(jnp.array, begun)
+    one, _, _ = update(begun, {}, batch, jax.random.key(0))
+    update(one, {}, batch, jax.random.key(0))
+    jax.effects_barrier()
+    assert len(set(seen)) == 4
+    update(again, {}, batch, jax.random.key(0))
+    jax.effects_barrier()
+    assert sorted(seen[4:]) == sorted(seen[:2])
