@@ -94,7 +94,7 @@ def plot(stage: str, lines: Sequence[Mapping[str, Any]]) -> Plot | None:
     unit = "nats per pair" if any("margin" in line for line in lines) else "nats per token"
     looks = _looks([name for name in names if name != "loss"])
     series = []
-    settings = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 10, "font.family": "sans-serif"}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 10, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         axes = figure.subplots()

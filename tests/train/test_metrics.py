@@ -1,6 +1,7 @@
 """Sums and counts become the numbers that stand in metrics.jsonl, each step once."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -51,10 +52,11 @@ def test_a_log_goes_on_behind_its_last_step(tmp_path):
 
 def test_tokens_per_second_counts_all_tokens_of_this_run(tmp_path, monkeypatch):
     now = iter([10.0, 12.0, 14.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
     log = metrics.Log(tmp_path, "pretrain", 5, 0, 1.0)
     log.write(1, {"loss": 1.0}, 100)
     log.write(2, {"loss": 1.0}, 300)
+    log.close()
     lines = metrics.read(tmp_path / "metrics.jsonl")
     assert [(line["tokens_per_second"], line["seconds"]) for line in lines] == [(50, 2.0), (100, 4.0)]
 
