@@ -92,7 +92,12 @@ def run(resolved: Resolved, root: Path, only: str | None = None) -> int:
                              f"--stage {missing[0]} first, or leave --stage out to run them all")
         _write_text(here / "config.gin", "\n".join(_lines(resolved, stage)) + "\n")
         began = time.monotonic()
-        numbers = stages.RUN[stage](stages.StageRun(resolved, root, stage))
+        try:
+            numbers = stages.RUN[stage](stages.StageRun(resolved, root, stage))
+        except BaseException:
+            if [p.name for p in here.iterdir()] == ["config.gin"]:  # refused before it began: nothing holds it to that
+                (here / "config.gin").unlink()
+            raise
         seconds = time.monotonic() - began
         _write_text(here / "result.json", _json({"numbers": numbers, "seconds": round(seconds, 1)}))
         report.print_stage(stage, numbers, seconds)

@@ -124,17 +124,14 @@ def make(settings: Optimizer, params: Any, steps: int) -> optax.GradientTransfor
     """The transformation for these parameters; frozen ones keep no optimiser state."""
     rates = rate_tree(params, settings.rates)
 
-    def group(multiple: float) -> optax.GradientTransformation:
+    def group(multiple: float, muon: bool) -> optax.GradientTransformation:
         if multiple == 0:
             return optax.set_to_zero()
         rate = schedule(settings, steps)
-        if settings.matrix_rate:
-            share = settings.matrix_rate / settings.learning_rate
+        if muon:
+            share = multiple * settings.matrix_rate / settings.learning_rate
             return contrib.muon(
-                lambda step: multiple * share * rate(step),
-                adam_learning_rate=lambda step: multiple * rate(step),
-                adam_b1=settings.b1,
-                adam_b2=settings.b2,
+                lambda step: share * rate(step),
                 weight_decay=settings.weight_decay,
                 muon_weight_dimension_numbers=muon_axes,
             )
@@ -145,12 +142,14 @@ def make(settings: Optimizer, params: Any, steps: int) -> optax.GradientTransfor
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             mask=matrices,
+            nesterov=bool(settings.matrix_rate),  # as Muon does, beside which it then works
         )
 
-    multiples = sorted(set(jax.tree.leaves(rates)))
-    groups: dict[Hashable, optax.GradientTransformation] = {str(m): group(m) for m in multiples}
-    labels = jax.tree.map(str, rates)
-    update = optax.multi_transform(groups, labels) if len(groups) > 1 else group(multiples[0])
+    kinds = jax.tree.map(lambda rate, axes: (rate, bool(settings.matrix_rate and axes)), rates, muon_axes(params))
+    is_kind = lambda x: isinstance(x, tuple)
+    groups: dict[Hashable, Any] = {str(kind): group(*kind) for kind in sorted(set(jax.tree.leaves(kinds, is_leaf=is_kind)))}
+    labels = jax.tree.map(str, kinds, is_leaf=is_kind)
+    update = optax.multi_transform(groups, labels) if len(groups) > 1 else next(iter(groups.values()))
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
     return optax.chain(clip, update)
 

@@ -50,15 +50,16 @@ def test_a_log_goes_on_behind_its_last_step(tmp_path):
     assert metrics.read(tmp_path / "none.jsonl") == []
 
 
-def test_tokens_per_second_counts_all_tokens_of_this_run(tmp_path, monkeypatch):
-    now = iter([10.0, 12.0, 14.0])
+def test_tokens_per_second_leaves_out_the_step_that_compiles(tmp_path, monkeypatch):
+    now = iter([10.0, 12.0, 14.0, 16.0])
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
     log = metrics.Log(tmp_path, "pretrain", 5, 0, 1.0)
     log.write(1, {"loss": 1.0}, 100)
     log.write(2, {"loss": 1.0}, 300)
+    log.write(3, {"loss": 1.0}, 500)
     log.close()
     lines = metrics.read(tmp_path / "metrics.jsonl")
-    assert [(line["tokens_per_second"], line["seconds"]) for line in lines] == [(50, 2.0), (100, 4.0)]
+    assert [(line["tokens_per_second"], line["seconds"]) for line in lines] == [(0, 2.0), (150, 4.0), (200, 6.0)]
 
 
 @pytest.mark.parametrize("line", ["", "[]", "{}", '{"step": null}', "3", '{"step": 1'])

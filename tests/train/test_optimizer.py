@@ -37,14 +37,19 @@ def leaves(tree):
 
 
 def ones(shapes):
-    return jax.tree.map(lambda s: jnp.ones(s.shape, jnp.float32), shapes)
+    return jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes)
 
 
-def test_matrices_alone_decay():
+def updated(optimizer, gradients, params):
+    """In one compilation: operation by operation takes half a minute."""
+    return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(gradients, params)
+
+
+@pytest.mark.parametrize("matrix_rate", [0.0, 0.5])
+def test_matrices_alone_decay(matrix_rate):
     params = ones(abstract_params(tiny(tied=False)))
-    optimizer = make(Optimizer(0.5, schedule="flat", weight_decay=0.1), params, 10)
-    still = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(still, optimizer.init(params), params)
+    optimizer = make(Optimizer(0.5, matrix_rate, schedule="flat", weight_decay=0.1), params, 10)
+    updates, _ = updated(optimizer, jax.tree.map(np.zeros_like, params), params)
     for name, update in leaves(updates).items():
         vector = name.endswith("bias") or "norm" in name or "ln_q" in name
         assert float(update.min()) == float(update.max()) == (0 if vector else pytest.approx(-0.05)), name
@@ -73,10 +78,41 @@ def test_frozen_parameters_have_no_state_and_others_their_own_rate():
     assert sum(x.size for n, x in leaves(state).items() if n in held) == 2 * sum(
         x.size for n, x in leaves(params).items() if not n.startswith("visual")
     )
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    updates, _ = updated(optimizer, params, params)
     for name, update in leaves(updates).items():
         expected = 0.0 if name.startswith("visual") else -5e-3 if name.startswith("model/norm") else -1e-2
         np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+def test_muon_turns_the_gradient_of_each_matrix_into_one_whose_singular_values_are_near_one():
+    shapes = abstract_params(tiny(tied=False))
+    rng = np.random.default_rng(0)
+    draw = lambda s: rng.normal(size=s.shape).astype(np.float32)
+    params, gradients = jax.tree.map(draw, shapes), jax.tree.map(draw, shapes)
+    settings = Optimizer(0.01, 0.5, schedule="flat", clip=0.0, rates={"visual/blocks": 0.5})
+    updates, _ = updated(make(settings, params, 10), gradients, params)
+    for name, update in leaves(updates).items():
+        multiple = 0.5 if name.startswith("visual/blocks") else 1.0
+        matrix = leaves(matrices(params))[name]
+        if not matrix or any(part in name for part in ("embed_tokens", "lm_head", "patch_embed")):
+            np.testing.assert_allclose(np.abs(update), 0.01 * multiple, rtol=1e-3)  # Adam's first step, in size
+            continue
+        layers = update if "layers" in name or "blocks" in name else update[None]
+        for layer in layers:
+            inputs = 2 if "o_proj" in name else 1  # heads and their width come in together
+            joined = layer.reshape(int(np.prod(layer.shape[:inputs])), -1)
+            values = np.linalg.svd(joined, compute_uv=False) / (0.5 * multiple)
+            stretched = max(1, joined.shape[1] / joined.shape[0]) ** 0.5
+            assert 0.3 * stretched < values.min() and values.max() < 1.4 * stretched, name
+
+
+def test_eps_holds_back_what_gets_next_to_no_gradient():
+    params = {"model": {"embed_tokens": {"weight": np.ones((4, 4), np.float32)}, "other": {"weight": np.ones((4, 4), np.float32)}}}
+    gradients = jax.tree.map(lambda p: np.full_like(p, 1e-6), params)
+    for matrix_rate in (0.0, 0.1):
+        settings = Optimizer(1.0, matrix_rate, schedule="flat", clip=0.0, eps=1e-3)
+        update, _ = updated(make(settings, params, 10), gradients, params)
+        assert np.abs(update["model"]["embed_tokens"]["weight"]).max() < 2e-3
 
 
 def test_the_gradient_is_clipped_by_its_global_norm():
@@ -98,8 +134,9 @@ def test_the_gradient_is_clipped_by_its_global_norm():
 @pytest.mark.parametrize(
     "settings, told",
     [
-        ({"learning_rate": 0.0}, "learning_rate = 0.0: expected above 0"),
+        ({"learning_rate": 0.0}, "learning_rate = 0.0, matrix_rate = 0.0: expected above 0, and 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate = nan"),
+        ({"learning_rate": 1.0, "matrix_rate": -1.0}, "matrix_rate = -1.0"),
         ({"learning_rate": 1.0, "warmup_steps": -1}, "warmup_steps = -1"),
         ({"learning_rate": 1.0, "final_share": 1.5}, "final_share = 1.5"),
         ({"learning_rate": 1.0, "rates": {"visual": -1.0}}, "rates = {'visual': -1.0}: expected multiples of 0 or more"),
