@@ -154,7 +154,7 @@ def parse_override(text: str) -> Binding:
         key, value = text.split("=", 1)
         key, value = key.strip(), value.strip()
         raise ExperimentError(
-            f"{where}: {value!r} is not a gin value; text is written in quotes: {key}=\"{value}\""
+            f'{where}: {value!r} is not a gin value; text is written in quotes: {key}="{value}"'
         ) from None
     if len(statements) != 1 or not isinstance(statements[0], config_parser.BindingStatement):
         raise ExperimentError(f"{where}: expected one binding, [stage/]Class.name=value")
@@ -261,8 +261,11 @@ def resolve(
                 origin[f"{prefix}{cls.__name__}.{field.name}"] = binding.where
             except ExperimentError as error:
                 faults.append(f"{binding.where}: {error}")
-        required = [f.name for f in dataclasses.fields(cls)
-                    if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
         if any(name not in values for name in required):
             return None
         try:
@@ -288,8 +291,14 @@ def resolve(
         latest = chosen.get((binding.scope, binding.selector, binding.argument)) is binding
         if latest and not faults and binding.where not in in_force:
             own = sorted(k for k in origin if k.endswith(f"/{binding.selector}.{binding.argument}"))
-            faults.append(f"{binding.where} changes nothing: " + (f"bound by stage as {', '.join(own)}; name the stage"
-                          if own else f"no stage of {experiment.name if experiment else 'this experiment'} reads it"))
+            faults.append(
+                f"{binding.where} changes nothing: "
+                + (
+                    f"bound by stage as {', '.join(own)}; name the stage"
+                    if own
+                    else f"no stage of {experiment.name if experiment else 'this experiment'} reads it"
+                )
+            )
     names = {b.selector: b.where for b in bindings if not b.argument and not b.scope}
     for name in sorted(set(names) - used) if not faults else ():
         known = [f"{c}.{f.name}" for c, cls in classes.items() for f in dataclasses.fields(cls)]

@@ -1,6 +1,6 @@
 """A run -> lines and a table on the terminal, the verdicts on its targets, and one self-contained HTML page.
 
-    python -m ain_jax.report runs/ain_tiny      # the page and the table of a finished run, made again
+python -m ain_jax.report runs/ain_tiny      # the page and the table of a finished run, made again
 """
 
 import argparse
@@ -29,13 +29,17 @@ def print_stage(stage: str, numbers: Mapping[str, Any], seconds: float) -> None:
 
 def _told(numbers: Mapping[str, Any]) -> list[str]:
     if "fertility" in numbers:
-        moved = (f"{code} {pair['before']['tokens_per_word']:.2f} -> {pair['after']['tokens_per_word']:.2f}"
-                 for code, pair in numbers["fertility"].items())
+        moved = (
+            f"{code} {pair['before']['tokens_per_word']:.2f} -> {pair['after']['tokens_per_word']:.2f}"
+            for code, pair in numbers["fertility"].items()
+        )
         return [f"{numbers.get('new_pieces', 0):,} new pieces; tokens per word " + ", ".join(moved)]
     if "first" in numbers and "last" in numbers:
         first, last = numbers["first"], numbers["last"]
-        head, *rest = [f"{name.removeprefix('loss/')} {_number(first.get(name))} -> {_number(last.get(name))}"
-                       for name in ("loss", *sorted(n for n in last if n.startswith("loss/")))]
+        head, *rest = [
+            f"{name.removeprefix('loss/')} {_number(first.get(name))} -> {_number(last.get(name))}"
+            for name in ("loss", *sorted(n for n in last if n.startswith("loss/")))
+        ]
         told = f"{numbers.get('steps', 0):,} steps, {numbers.get('slots_filled', 0):.1%} of slots filled; {head}"
         return [told, ", ".join(rest)] if rest else [told]
     if "models" in numbers:
@@ -105,12 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         summary = json.loads((root / "summary.json").read_text("utf-8"))
     except FileNotFoundError:
-        print(f"ain_jax: {root / 'summary.json'} is not there: expected the folder of a finished run; run the "
-              "experiment to its end first", file=sys.stderr)
+        print(
+            f"ain_jax: {root / 'summary.json'} is not there: expected the folder of a finished run; run the "
+            "experiment to its end first",
+            file=sys.stderr,
+        )
         return 1
     except ValueError as fault:
-        print(f"ain_jax: {root / 'summary.json'} is not readable ({fault}); delete it and run the experiment again, "
-              "which writes it anew and repeats no finished stage", file=sys.stderr)
+        print(
+            f"ain_jax: {root / 'summary.json'} is not readable ({fault}); delete it and run the experiment again, "
+            "which writes it anew and repeats no finished stage",
+            file=sys.stderr,
+        )
         return 1
     print_table(summary)
     print(f"report   {write(summary, root)}")

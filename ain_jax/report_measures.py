@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 
 BEFORE, BASELINE = "untrained", "baseline"  # the first and the last column
 LANGUAGES = {
-    "ar": "Arabic", "en": "English", "arz": "Egyptian Arabic", "ary": "Moroccan Arabic", "arq": "Algerian Arabic",
+    "ar": "Arabic",
+    "en": "English",
+    "arz": "Egyptian Arabic",
+    "ary": "Moroccan Arabic",
+    "arq": "Algerian Arabic",
 }
 EXTENDED = "ar"  # the language that a tokenizer is extended for
 FALL = 0.4  # the share by which its tokens per word are to fall
@@ -120,9 +124,12 @@ def _answers(measured: Mapping[str, Any], baselines: Mapping[str, Any]) -> Itera
 def _pairs(measured: Mapping[str, Any]) -> Iterator[Row]:
     """Preference accuracy, judged after the stage prefer against what was measured last before it."""
     for kind in _keys(model.get("preference") for model in measured.values()):
-        values = _present({
-            name: ((model.get("preference") or {}).get(kind) or {}).get("accuracy") for name, model in measured.items()
-        })
+        values = _present(
+            {
+                name: ((model.get("preference") or {}).get(kind) or {}).get("accuracy")
+                for name, model in measured.items()
+            }
+        )
         claims, target, names = [], "", list(values)
         measure = f"preference accuracy, {kind.replace('_', ' ')}"
         if "prefer" in names[1:]:
@@ -132,8 +139,15 @@ def _pairs(measured: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(measure, values, False, ".1%", "", claims, target)
 
 
-def _judged(measure: str, values: dict[str, float], after: str | None, lower: bool, constant: float | None,
-            baseline: str, form: str = ".3f") -> Row:
+def _judged(
+    measure: str,
+    values: dict[str, float],
+    after: str | None,
+    lower: bool,
+    constant: float | None,
+    baseline: str,
+    form: str = ".3f",
+) -> Row:
     """A row whose stage `after` is to beat the untrained model and the baseline, as far as both are known."""
     claims, beaten = [], []
     if after is not None:

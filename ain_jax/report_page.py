@@ -101,8 +101,16 @@ def plot(stage: str, lines: Sequence[Mapping[str, Any]]) -> Plot | None:
         for name in names:
             colour, dash = looks.get(name, (0, ()))
             steps_S, values_S = [s for s, _ in points[name]], _smooth([v for _, v in points[name]], window)
-            line = axes.plot(steps_S, values_S, color=SERIES.format(colour), linewidth=1.6, zorder=3 if dash else 2,
-                             solid_capstyle="round", marker="o" if len(values_S) == 1 else "", markersize=3)[0]
+            line = axes.plot(
+                steps_S,
+                values_S,
+                color=SERIES.format(colour),
+                linewidth=1.6,
+                zorder=3 if dash else 2,
+                solid_capstyle="round",
+                marker="o" if len(values_S) == 1 else "",
+                markersize=3,
+            )[0]
             if dash:
                 line.set_dashes(dash)
             drawn = " ".join(f"{length * 1.6:g}" for length in dash)
@@ -167,7 +175,8 @@ def samples(folder: Path, order: Sequence[str]) -> list[dict[str, Any]]:
                 "pictures": [uri for picture in row.get("pictures", ()) if (uri := _uri(folder / Path(picture).name))],
                 "answers": [
                     (model, answers[model][row["id"]], _judged(name, row["expected"], answers[model][row["id"]]))
-                    for model in models if row["id"] in answers[model]
+                    for model in models
+                    if row["id"] in answers[model]
                 ],
             }
             for row in by_model[models[-1]]
@@ -177,7 +186,7 @@ def samples(folder: Path, order: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _judged(name: str, expected: str, answer: str) -> str:
-    """"right", or by how much an answer is wrong, scored as the evaluation scores it."""
+    """ "right", or by how much an answer is wrong, scored as the evaluation scores it."""
     reading = name.startswith("reading")
     form = scores.letters if reading else scores.plain
     if form(expected) == form(answer):

@@ -28,8 +28,19 @@ from ain_jax.experiment import (
 
 # Settings that leave every number as it is: they may change between a run and its resumption.
 NEUTRAL = ("Trainer.save_seconds", "Trainer.keep", "Evaluation.shown", "Model.remat", "Experiment.description")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers",
-            "transformers", "sentencepiece", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "tokenizers",
+    "transformers",
+    "sentencepiece",
+    "numpy",
+)
 
 
 def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
@@ -38,14 +49,23 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
     parser.add_argument("--exp", required=True, help="a name in experiments/, or the path of a .gin file")
     parser.add_argument("--run_dir", type=Path, help="where everything is written (default: runs/NAME)")
     parser.add_argument("--stage", help="run this one stage")
-    parser.add_argument("--set", action="append", default=[], metavar="BINDING", dest="overrides",
-                        help="override a binding, for example --set 'pretrain/Trainer.steps=20'; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="BINDING",
+        dest="overrides",
+        help="override a binding, for example --set 'pretrain/Trainer.steps=20'; may be repeated",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the resolved experiment and stop")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None, description: str = "Run an experiment on this machine.",
-         experiments: Path = Path("experiments")) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    description: str = "Run an experiment on this machine.",
+    experiments: Path = Path("experiments"),
+) -> int:
     """The exit status: 0 done, 1 stopped by a fault that is told, 130 interrupted."""
     asked = arguments(argv, description)
     try:
@@ -57,8 +77,9 @@ def main(argv: Sequence[str] | None = None, description: str = "Run an experimen
         resolved = resolve(bindings, stages.SETTINGS, overrides)
         if asked.stage and asked.stage not in resolved.experiment.stages:
             known = resolved.experiment.stages
-            raise ExperimentError(f"--stage {asked.stage!r}: {resolved.experiment.name} has no such stage: "
-                                  f"{nearest(asked.stage, known)}")
+            raise ExperimentError(
+                f"--stage {asked.stage!r}: {resolved.experiment.name} has no such stage: {nearest(asked.stage, known)}"
+            )
         if asked.dry_run:
             print(resolved.text(), end="")
             return 0
@@ -88,8 +109,10 @@ def run(resolved: Resolved, root: Path, only: str | None = None) -> int:
             continue
         missing = [s for s in order[: order.index(stage)] if not (root / s / "result.json").is_file()]
         if missing:
-            raise ValueError(f"stage {stage!r} comes after {', '.join(missing)}, not finished in {root}: run "
-                             f"--stage {missing[0]} first, or leave --stage out to run them all")
+            raise ValueError(
+                f"stage {stage!r} comes after {', '.join(missing)}, not finished in {root}: run "
+                f"--stage {missing[0]} first, or leave --stage out to run them all"
+            )
         _write_text(here / "config.gin", "\n".join(_lines(resolved, stage)) + "\n")
         began = time.monotonic()
         try:
@@ -123,8 +146,10 @@ def summarise(resolved: Resolved, root: Path) -> dict[str, Any]:
         "seed": resolved.experiment.seed,
         "stages": {stage: result["numbers"] for stage, result in results.items()},
         "machine": {
-            "platform": platform.platform(), "python": platform.python_version(),
-            "devices": [str(d.device_kind) for d in jax.devices()], "processes": jax.process_count(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "devices": [str(d.device_kind) for d in jax.devices()],
+            "processes": jax.process_count(),
         },
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "times": {
@@ -159,8 +184,11 @@ def _check_folder(resolved: Resolved, root: Path) -> None:
         if before != now:
             was, will = sorted(set(before) - set(now)), sorted(set(now) - set(before))
             raise ValueError(
-                f"{root / stage} was begun with\n  " + "\n  ".join(was or ["(nothing)"]) + "\nand this run has\n  "
-                + "\n  ".join(will or ["(nothing)"]) + "\nNothing was changed. Give another --run_dir, or delete "
+                f"{root / stage} was begun with\n  "
+                + "\n  ".join(was or ["(nothing)"])
+                + "\nand this run has\n  "
+                + "\n  ".join(will or ["(nothing)"])
+                + "\nNothing was changed. Give another --run_dir, or delete "
                 f"{root / stage} and the folders of the stages after it to run them anew"
             )
 

@@ -1,6 +1,6 @@
 """Run an experiment on this machine: its CPU, or its GPUs where jax finds some.
 
-    python launch/local.py --exp ain_tiny
+python launch/local.py --exp ain_tiny
 """
 
 import os

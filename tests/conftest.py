@@ -1,4 +1,4 @@
-"""What all tests share: the CPU, strictness, a store of compiled functions, and a tokenizer and data at their smallest."""
+"""What all tests share: the CPU, strictness, a store of compiled functions, a tokenizer and data at their smallest."""
 
 import os
 
@@ -55,7 +55,12 @@ def tokenizer(tokenizer_folder):
 def sample_params() -> SampleParams:
     """So few records that each kind is made in a second."""
     return SampleParams(
-        read_pictures=24, read_test_pictures=6, renderings=1, test_renderings=1, preference_pairs=6, preference_test_pairs=4
+        read_pictures=24,
+        read_test_pictures=6,
+        renderings=1,
+        test_renderings=1,
+        preference_pairs=6,
+        preference_test_pairs=4,
     )
 
 

@@ -46,7 +46,7 @@ def example(seed: int, words: int, sizes: Sequence[tuple[int, int]] = (), pair: 
     pictures = [png(1000 * seed + i, *size) for i, size in enumerate(sizes)]
     sequences = [sequence(seed, words, sizes)]
     if pair:
-        better_tokens, better_learn = sequences[0]
+        better_tokens, _better_learn = sequences[0]
         worse_tokens, worse_learn = sequence(seed + 500, words + 1, sizes)
         head = len(better_tokens) - words
         worse_tokens[:head] = better_tokens[:head]  # one question, two answers

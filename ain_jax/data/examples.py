@@ -83,9 +83,7 @@ class Examples:
             positions_3L = positions.mrope_positions(
                 tokens_L, [tuple(g) for g in grids_m3], image_token, settings.merge_size if settings else 1
             )
-            result.append(
-                Segment(tokens_L, self.learn_T[span], positions_3L, int(self.group_E[example]), **fields)
-            )
+            result.append(Segment(tokens_L, self.learn_T[span], positions_3L, int(self.group_E[example]), **fields))
         return result
 
 

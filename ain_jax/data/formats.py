@@ -171,7 +171,11 @@ def read_jsonl(path: Path) -> list[Record]:
             faulty.append(f"id {name!r} stands in line {first[name]} already; every record needs a name of its own")
         first.setdefault(name, number)
         if not faulty:
-            default: dict[str, Any] = {"source": path.stem, "language": "und", "kind": "pair" if values.get("rejected") else "example"}
+            default: dict[str, Any] = {
+                "source": path.stem,
+                "language": "und",
+                "kind": "pair" if values.get("rejected") else "example",
+            }
             record = Record(**{**default, **values, "id": name})
             faulty = faults(record, pictures=False)  # they have been opened by the name of their file
             records.append(record)
@@ -231,14 +235,14 @@ def _line_values(line: bytes, folder: Path) -> tuple[dict[str, Any], list[str]]:
     except RecursionError:
         return {}, ["not a record: brackets within brackets without end"]
     if not isinstance(value, dict):
-        return {}, [f"expected a JSON object such as {{\"text\": ...}}, found {_short(value)}"]
+        return {}, [f'expected a JSON object such as {{"text": ...}}, found {_short(value)}']
     found += _key_faults(value, LINE_KEYS)
     for key in ("id", "source", "language", "kind", "text", "rejected"):
         if key in value and not (isinstance(value[key], str) and value[key].strip()):
             found.append(f"{key} = {_short(value.pop(key))}: expected text that is not blank, or no such key")
     messages, images = value.get("messages", []), value.get("images", [])
     if not isinstance(messages, list) or ("messages" in value and not messages):
-        found.append(f"messages = {_short(messages)}: expected a list of {{\"role\": ..., \"content\": ...}}")
+        found.append(f'messages = {_short(messages)}: expected a list of {{"role": ..., "content": ...}}')
         messages = []
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         found.append(f"images = {_short(images)}: expected a list of paths")

@@ -32,8 +32,11 @@ class Rows:
             odd_E = np.flatnonzero(np.diff(examples.first_E) != (2 if self.pairs else 1))
             if len(odd_E):
                 record = examples.records[int(examples.record_S[examples.first_E[odd_E[0]]])]
-                why = ("has no rejected answer, and this stage compares pairs" if self.pairs else
-                       "is a preference pair, and this stage would learn its rejected answer too")
+                why = (
+                    "has no rejected answer, and this stage compares pairs"
+                    if self.pairs
+                    else "is a preference pair, and this stage would learn its rejected answer too"
+                )
                 raise ValueError(f"record {record.id} {why}: take its source out of Mixture.weights")
         names = self.groups
         tables = [np.array([names.index(g) for g in s.groups], np.int32) for s in self.sources]
@@ -82,8 +85,10 @@ def batches(
         try:
             sharding.shard_shape((rows_per_batch,))
         except ValueError:
-            raise ValueError(f"a batch of {rows_per_batch} rows cannot be laid over the devices equally ({sharding}): "
-                             "change the rows of a batch (Trainer.rows, Evaluation.rows), or Mesh") from None
+            raise ValueError(
+                f"a batch of {rows_per_batch} rows cannot be laid over the devices equally ({sharding}): "
+                "change the rows of a batch (Trainer.rows, Evaluation.rows), or Mesh"
+            ) from None
     local = rows_per_batch // processes
     steps = -(-len(rows) // rows_per_batch)
     source = _Steps(rows, rows_per_batch, process * local, local)

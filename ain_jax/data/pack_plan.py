@@ -87,8 +87,12 @@ def _make(sources, mixture, packing, rows, seed, mark) -> PackPlan:
         # As many draws as the rows could hold, and the windows that pack() looks ahead.
         mean = np.stack([shares[n] * sizes[n].mean(axis=0) for n in names]).sum(axis=0)
         per_row = float(np.min(packing.budgets[mean > 0] / mean[mean > 0]))
-        units_U2 = draw([len(sources[n]) for n in names], [shares[n] for n in names], seed,
-                        int(1.2 * per_row * rows) + 4 * packing.window)
+        units_U2 = draw(
+            [len(sources[n]) for n in names],
+            [shares[n] for n in names],
+            seed,
+            int(1.2 * per_row * rows) + 4 * packing.window,
+        )
         packed = []
         for row in pack((sizes[names[s]][e] for s, e in units_U2), packing):
             packed.append(row)

@@ -100,19 +100,36 @@ class StageRun:
         m, images = self.get(Model), self.get(ImageSettings)
         ids = {
             f"{name}_token_id": self.token(f"<|{token}|>")
-            for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
-                                ("vision_end", "vision_end"), ("eos", "im_end"), ("pad", "pad"))
+            for name, token in (
+                ("image", "image_pad"),
+                ("video", "video_pad"),
+                ("vision_start", "vision_start"),
+                ("vision_end", "vision_end"),
+                ("eos", "im_end"),
+                ("pad", "pad"),
+            )
         }
         half = m.width // m.heads // 2
         text = TextConfig(
             vocabulary=padded_vocab(len(self.tokenizer), m.vocabulary_multiple),
-            width=m.width, mlp_width=m.mlp_width, layers=m.layers, heads=m.heads, kv_heads=m.kv_heads,
-            head_width=m.width // m.heads, rope_theta=m.rope_theta, tied=m.tied, max_positions=m.max_positions,
+            width=m.width,
+            mlp_width=m.mlp_width,
+            layers=m.layers,
+            heads=m.heads,
+            kv_heads=m.kv_heads,
+            head_width=m.width // m.heads,
+            rope_theta=m.rope_theta,
+            tied=m.tied,
+            max_positions=m.max_positions,
             mrope_section=m.mrope_section or (half - 2 * (half // 4), half // 4, half // 4),
         )
         vision = VisionConfig(
-            width=m.vision_width, layers=m.vision_layers, heads=m.vision_heads, mlp_width=4 * m.vision_width,
-            patch_size=images.patch_size, merge_size=images.merge_size,
+            width=m.vision_width,
+            layers=m.vision_layers,
+            heads=m.vision_heads,
+            mlp_width=4 * m.vision_width,
+            patch_size=images.patch_size,
+            merge_size=images.merge_size,
             temporal_patch_size=images.temporal_patch_size,
         )
         return ModelConfig(text, vision, bos_token_id=self.tokenizer.bos_token_id, **ids)
@@ -158,8 +175,15 @@ class StageRun:
         cache = self.root / "data" / "tokenised"
         return tokenise(records, label, self.tokenizer, images, packing.row_tokens, mark, cache)
 
-    def rows(self, sources: Mapping[str, Examples], mixture: Mixture | None, count: int | None,
-             name: str, pairs: bool = False, packing: Packing | None = None) -> loader.Rows:
+    def rows(
+        self,
+        sources: Mapping[str, Examples],
+        mixture: Mixture | None,
+        count: int | None,
+        name: str,
+        pairs: bool = False,
+        packing: Packing | None = None,
+    ) -> loader.Rows:
         """Packed rows: `count` rows of a mixture, or every example of the sources once."""
         packing = packing or self.get(Packing)
         path = self.folder / f"{name}.npz"
@@ -200,8 +224,10 @@ class StageRun:
             return self.random_params()
         stages = self.resolved.experiment.stages
         if stage not in stages or stages.index(stage) >= stages.index(self.stage):
-            raise ValueError(f"{self.stage}/Start.stage = {stage!r}: expected one of the stages before it, "
-                             f"{', '.join(stages[: stages.index(self.stage)])}, or \"\" for random weights")
+            raise ValueError(
+                f"{self.stage}/Start.stage = {stage!r}: expected one of the stages before it, "
+                f'{", ".join(stages[: stages.index(self.stage)])}, or "" for random weights'
+            )
         return self.trained_params(stage)
 
     def marks(self, rows: loader.Rows) -> dict[str, str]:
@@ -272,5 +298,3 @@ def write_json(path: Path, value: Any) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(path)
-
-

@@ -122,8 +122,14 @@ def _answers(stage: common.StageRun, settings: Evaluation, params: Any, model: s
     return result
 
 
-def _show(stage: common.StageRun, settings: Evaluation, model: str, name: str, records: Sequence[Record],
-          answers: Sequence[str]) -> None:
+def _show(
+    stage: common.StageRun,
+    settings: Evaluation,
+    model: str,
+    name: str,
+    records: Sequence[Record],
+    answers: Sequence[str],
+) -> None:
     """Keep the first answers, and the pictures that they are about, for the report."""
     folder = stage.folder / "shown"
     shown = [

@@ -31,10 +31,16 @@ def run(stage: common.StageRun) -> dict[str, Any]:
     place = stage.root / settings.folder
     card = export.card(
         f"{experiment.name}, after the stage {settings.stage}",
-        licence=settings.licence, data=settings.data, experiment=experiment.name,
+        licence=settings.licence,
+        data=settings.data,
+        experiment=experiment.name,
     )
     export.export_folder(
-        params, stage.config, stage.root / "extend_tokenizer" / "tokenizer", stage.get(ImageSettings), place,
+        params,
+        stage.config,
+        stage.root / "extend_tokenizer" / "tokenizer",
+        stage.get(ImageSettings),
+        place,
         model_card=card,
     )
     files = sorted(p for p in Path(place).iterdir() if p.is_file())

@@ -68,15 +68,11 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{folder} has no tokenizer.json; give the folder that the tokenizer extension wrote"
-        )
+        raise ValueError(f"{folder} has no tokenizer.json; give the folder that the tokenizer extension wrote")
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     written = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     if len(tokenizer) != written.get_vocab_size():
-        raise ValueError(
-            f"{folder}: AutoTokenizer has {len(tokenizer)} ids, tokenizer.json {written.get_vocab_size()}"
-        )
+        raise ValueError(f"{folder}: AutoTokenizer has {len(tokenizer)} ids, tokenizer.json {written.get_vocab_size()}")
     special = {token.content for token in written.get_added_tokens_decoder().values()}
     special |= set(tokenizer.all_special_tokens)
     for text in (*PROBES, *(f"{token} a {token}" for token in sorted(special))):
@@ -113,9 +109,7 @@ def _compiled(template: str) -> Any:
         raise jinja2.TemplateError(message)
 
     def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -137,16 +131,12 @@ class _Chat:
     def __init__(self, tokenizer: Any):
         template = tokenizer.chat_template
         if not isinstance(template, str) or not template:
-            raise ValueError(
-                f"the tokenizer's chat_template is {type(template).__name__}, expected one Jinja template"
-            )
+            raise ValueError(f"the tokenizer's chat_template is {type(template).__name__}, expected one Jinja template")
         self.tokenizer = tokenizer
         self.template = _compiled(template)
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         self.variables = dict(tokenizer.special_tokens_map) | {"tools": None, "documents": None}
-        special = {
-            index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(special)
         self.special = _any_of(tuple(special.values()))
 
@@ -247,9 +237,7 @@ class _Chat:
         def moved(place: int) -> int:
             return place + sum(growth for end, growth in starts if end <= place)
 
-        joined = pieces[0] + "".join(
-            IMAGE_PAD * count + piece for count, piece in zip(counts, pieces[1:], strict=True)
-        )
+        joined = pieces[0] + "".join(IMAGE_PAD * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
         return joined, [(moved(start), moved(end)) for start, end in spans]
 
     def finish(self, encoding: Any, spans: Sequence[tuple[int, int]]) -> Encoded:

@@ -56,8 +56,7 @@ ARABIC = Script(
     marks="\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u0898-\u089f"
     "\u08ca-\u08e1\u08e3-\u08ff",
     tatweel="\u0640",
-    singles="\u0606-\u060f\u061b\u061d-\u061f\u060c\u0660-\u066d\u06d4\u06dd\u06de"
-    "\u06e9\u06f0-\u06f9\u06fd\u06fe",
+    singles="\u0606-\u060f\u061b\u061d-\u061f\u060c\u0660-\u066d\u06d4\u06dd\u06de\u06e9\u06f0-\u06f9\u06fd\u06fe",
 )
 
 
@@ -72,9 +71,7 @@ def read_texts(*paths: str | Path) -> Iterator[str]:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise ValueError(
-                f"{path} cannot be read: {error.strerror}; give the path of a UTF-8 text file"
-            ) from error
+            raise ValueError(f"{path} cannot be read: {error.strerror}; give the path of a UTF-8 text file") from error
         for number, line in enumerate(data.split(b"\n"), 1):
             try:
                 text = line.decode("utf-8").rstrip("\r")
@@ -104,9 +101,7 @@ def count_chunks(texts: Iterable[str]) -> tuple[Counter[str], str, int]:
     return chunks, digest.hexdigest(), number
 
 
-def continue_bpe(
-    words: Mapping[tuple[str, ...], int], limit: int, min_count: int = 2
-) -> list[tuple[str, str]]:
+def continue_bpe(words: Mapping[tuple[str, ...], int], limit: int, min_count: int = 2) -> list[tuple[str, str]]:
     """The next merges of a BPE whose present symbols are given, most frequent pair first, at most `limit`.
 
     Ties go to the pair whose left symbol is older, then to the one whose right symbol is older; the order of
@@ -253,9 +248,7 @@ def extend(
     if pieces < 1 or min_count < 1:
         raise ValueError(f"pieces={pieces} and min_count={min_count} must both be at least 1")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(
-            f"{out_dir} already exists and is not overwritten; remove it or give another out_dir"
-        )
+        raise ValueError(f"{out_dir} already exists and is not overwritten; remove it or give another out_dir")
     model = read_model(base_model_path)
     names = {piece.piece for piece in model.pieces}
     control = {piece.piece for piece in model.pieces if piece.type == CONTROL}
@@ -269,9 +262,7 @@ def extend(
 
     chunks, corpus_sha256, number = count_chunks(texts)
     if not chunks:
-        raise ValueError(
-            f"the corpus is empty ({number} texts, no word); give text in the language to be added"
-        )
+        raise ValueError(f"the corpus is empty ({number} texts, no word); give text in the language to be added")
     added, merges = new_pieces(model, chunks, pieces, script, marks, tatweel, min_count, longest)
     replaces = processor(model, prefix=False).encode(added, out_type=int)
     grown = append(append(model, special_tokens, CONTROL), added)
@@ -298,7 +289,5 @@ def extend(
         | {"longest": longest, "script": asdict(script), "eos_token": eos_token, "pad_token": pad_token},
         "made_with": {"tokenizers": tokenizers.__version__, "sentencepiece": sentencepiece.__version__},
     }
-    folder.write(
-        out_dir, {**files, "extension.json": (json.dumps(manifest, ensure_ascii=False) + "\n").encode()}
-    )
+    folder.write(out_dir, {**files, "extension.json": (json.dumps(manifest, ensure_ascii=False) + "\n").encode()})
     return extension

@@ -28,9 +28,7 @@ NAMES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-WRITTEN_BY_HAND = (
-    -1e8
-)  # pieces scored below this (Llama's runs of blanks, -1e9) were no merges of the base's training
+WRITTEN_BY_HAND = -1e8  # pieces scored below this (Llama's runs of blanks, -1e9) were no merges of the base's training
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,12 @@ def read_model(path: str | Path) -> Any:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read: {error.strerror}; give a SentencePiece tokenizer.model"
-        ) from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}; give a SentencePiece tokenizer.model") from error
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         model.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError; its module differs between protobuf's back ends
-        raise ValueError(
-            f"{path} is not a SentencePiece model; a tokenizer.json cannot be extended here"
-        ) from error
+        raise ValueError(f"{path} is not a SentencePiece model; a tokenizer.json cannot be extended here") from error
     spec, rules = model.trainer_spec, model.normalizer_spec
     faults = []
     if not model.pieces:
@@ -99,11 +93,7 @@ def append(model: Any, pieces: Iterable[str], kind: int = NORMAL) -> Any:
     """A copy of the model with these pieces behind its own; normal ones score below all merges it learnt."""
     grown = type(model)()
     grown.CopyFrom(model)
-    ranked = [
-        piece.score
-        for piece in model.pieces
-        if piece.type in (NORMAL, UNUSED) and piece.score > WRITTEN_BY_HAND
-    ]
+    ranked = [piece.score for piece in model.pieces if piece.type in (NORMAL, UNUSED) and piece.score > WRITTEN_BY_HAND]
     score = int(min(ranked, default=0.0)) - 1
     for text in pieces:
         grown.pieces.add(piece=text, score=score if kind == NORMAL else 0.0, type=kind)
@@ -252,9 +242,7 @@ def read_extension(out_dir: str | Path) -> Extension:
         manifest = json.loads((out_dir / "extension.json").read_text(encoding="utf-8"))
         files = {name: (out_dir / name).read_bytes() for name in NAMES}
     except OSError as error:
-        raise ValueError(
-            f"{error.filename} is missing; {out_dir} is no folder that `extend` wrote"
-        ) from error
+        raise ValueError(f"{error.filename} is missing; {out_dir} is no folder that `extend` wrote") from error
     found = fingerprint(files)
     if found != manifest["fingerprint"]:
         raise ValueError(
@@ -266,10 +254,7 @@ def read_extension(out_dir: str | Path) -> Extension:
         pieces=tuple(manifest["pieces"]),
         replaces=tuple(map(tuple, manifest["replaces"])),
         merges=tuple(map(tuple, manifest["merges"])),
-        **{
-            k: manifest[k]
-            for k in ("base_sha256", "base_size", "special_tokens", "first_piece", "fingerprint")
-        },
+        **{k: manifest[k] for k in ("base_sha256", "base_size", "special_tokens", "first_piece", "fingerprint")},
     )
 
 

@@ -63,13 +63,9 @@ def as_encoder(tokenizer: Any) -> Encoder:
     if hasattr(tokenizer, "IdToPiece"):  # sentencepiece
         return Encoder(lambda text: tokenizer.encode(text, out_type=int), tokenizer.IdToPiece)
     if hasattr(tokenizer, "convert_ids_to_tokens"):  # transformers
-        return Encoder(
-            lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.convert_ids_to_tokens
-        )
+        return Encoder(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.convert_ids_to_tokens)
     if hasattr(tokenizer, "id_to_token"):  # tokenizers
-        return Encoder(
-            lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.id_to_token
-        )
+        return Encoder(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.id_to_token)
     if callable(tokenizer):
         return Encoder(lambda text: cast(Sequence[int], tokenizer(text)))
     raise ValueError(
@@ -108,9 +104,7 @@ def table(before: Sequence[Fertility], after: Sequence[Fertility] | None = None)
     if after is not None and [(r.language, r.words, r.bytes) for r in before] != [
         (r.language, r.words, r.bytes) for r in after
     ]:
-        raise ValueError(
-            "before and after were not measured on the same texts; give both tokenizers the same mapping"
-        )
+        raise ValueError("before and after were not measured on the same texts; give both tokenizers the same mapping")
     columns: list[tuple[str, Callable[[Fertility], str]]] = [
         ("tokens/word", lambda row: f"{row.tokens_per_word:.2f}"),
         ("tokens/byte", lambda row: f"{row.tokens_per_byte:.3f}"),
@@ -123,16 +117,11 @@ def table(before: Sequence[Fertility], after: Sequence[Fertility] | None = None)
         pair = [row] if after is None else [row, after[index]]
         cells.append([row.language, f"{row.words:,}", *(" > ".join(map(show, pair)) for _, show in columns)])
         if after is not None:
-            cells[-1].append(
-                f"{after[index].tokens_per_word / max(row.tokens_per_word, 1e-9) - 1:+.0%} tokens"
-            )
+            cells[-1].append(f"{after[index].tokens_per_word / max(row.tokens_per_word, 1e-9) - 1:+.0%} tokens")
     if after is not None:
         cells[0].append("change")
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
 def shown(piece: str) -> str:

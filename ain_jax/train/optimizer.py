@@ -39,11 +39,15 @@ class Optimizer:
 
     def __post_init__(self):
         if not self.learning_rate > 0 or self.matrix_rate < 0:
-            raise ValueError(f"learning_rate = {self.learning_rate}, matrix_rate = {self.matrix_rate}: "
-                             "expected above 0, and 0 or more")
+            raise ValueError(
+                f"learning_rate = {self.learning_rate}, matrix_rate = {self.matrix_rate}: "
+                "expected above 0, and 0 or more"
+            )
         if self.warmup_steps < 0 or not 0 <= self.final_share <= 1:
-            raise ValueError(f"warmup_steps = {self.warmup_steps}, final_share = {self.final_share}: "
-                             "expected 0 or more steps and a share between 0 and 1")
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps}, final_share = {self.final_share}: "
+                "expected 0 or more steps and a share between 0 and 1"
+            )
         below = {k: v for k, v in self.rates.items() if v < 0}
         if below:
             raise ValueError(f"rates = {below}: expected multiples of 0 or more")
@@ -76,8 +80,9 @@ def rate_tree(params: Any, rates: Mapping[str, float]) -> Any:
     for prefix in rates:
         if not any(_under(n, prefix) for n in names):
             parents = {"/".join(n.split("/")[:i]) for n in names for i in range(1, n.count("/") + 2)}
-            raise ValueError(f"Optimizer.rates names {prefix!r}, which no parameter lies under: "
-                             f"{nearest(prefix, sorted(parents))}")
+            raise ValueError(
+                f"Optimizer.rates names {prefix!r}, which no parameter lies under: {nearest(prefix, sorted(parents))}"
+            )
 
     def rate(path, _):
         matching = [p for p in rates if _under(path_name(path), p)]
@@ -147,7 +152,9 @@ def make(settings: Optimizer, params: Any, steps: int) -> optax.GradientTransfor
 
     kinds = jax.tree.map(lambda rate, axes: (rate, bool(settings.matrix_rate and axes)), rates, muon_axes(params))
     is_kind = lambda x: isinstance(x, tuple)
-    groups: dict[Hashable, Any] = {str(kind): group(*kind) for kind in sorted(set(jax.tree.leaves(kinds, is_leaf=is_kind)))}
+    groups: dict[Hashable, Any] = {
+        str(kind): group(*kind) for kind in sorted(set(jax.tree.leaves(kinds, is_leaf=is_kind)))
+    }
     labels = jax.tree.map(str, kinds, is_leaf=is_kind)
     update = optax.multi_transform(groups, labels) if len(groups) > 1 else next(iter(groups.values()))
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()

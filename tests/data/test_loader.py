@@ -93,7 +93,9 @@ def test_pairs_stand_beside_their_rows(pairs):
         assert batch.pair_groups_BN[r].tolist() == groups + [-1] * (pairs.plan.max_units - len(units))
         assert batch.rows.segments_BL[r].max() == 2 * len(units)
     assert (batch.pair_groups_BN[-1] == -1).all()
-    reference_RN2 = np.arange(pairs.plan.rows * pairs.plan.max_units * 2, dtype=np.float32).reshape(pairs.plan.rows, -1, 2)
+    reference_RN2 = np.arange(pairs.plan.rows * pairs.plan.max_units * 2, dtype=np.float32).reshape(
+        pairs.plan.rows, -1, 2
+    )
     with_reference = dataclasses.replace(pairs, reference_RN2=reference_RN2)
     ((batch, _),) = arrays(loader.batches(with_reference, count, None))
     np.testing.assert_array_equal(batch.reference_BN2[:-1], reference_RN2)
@@ -102,7 +104,9 @@ def test_pairs_stand_beside_their_rows(pairs):
 
 def test_pairs_and_plain_examples_are_not_mistaken_for_one_another(rows, pairs):
     # The rejected answer of a pair would be learnt, and a plain example would shift every pair behind it.
-    with pytest.raises(ValueError, match="record pairs/0 is a preference pair, and this stage would learn its rejected"):
+    with pytest.raises(
+        ValueError, match="record pairs/0 is a preference pair, and this stage would learn its rejected"
+    ):
         dataclasses.replace(pairs, pairs=False)
     with pytest.raises(ValueError, match="record a/0 has no rejected answer, and this stage compares pairs"):
         dataclasses.replace(rows, pairs=True)

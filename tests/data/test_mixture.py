@@ -56,11 +56,15 @@ def test_shares_by_hand():
     # Twice the tokens of b, and an example of a is four times as long: one of a for every two of b.
     mixture = Mixture({"a": 2.0, "b": 1.0}, by="tokens")
     assert example_shares(mixture, {"a": 40.0, "b": 10.0}) == pytest.approx({"a": 1 / 3, "b": 2 / 3})
-    assert example_shares(Mixture({"a": 2.0, "b": 1.0}), {"a": 40.0, "b": 10.0}) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
+    assert example_shares(Mixture({"a": 2.0, "b": 1.0}), {"a": 40.0, "b": 10.0}) == pytest.approx(
+        {"a": 2 / 3, "b": 1 / 3}
+    )
 
 
 def test_what_cannot_be_mixed_is_refused():
-    with pytest.raises(ValueError, match=r"weights = \{'a': 1, 'b': -1\}: expected one source or more, each with a share above 0"):
+    with pytest.raises(
+        ValueError, match=r"weights = \{'a': 1, 'b': -1\}: expected one source or more, each with a share above 0"
+    ):
         Mixture({"a": 1, "b": -1})
     with pytest.raises(ValueError, match="expected one source or more"):
         Mixture({})

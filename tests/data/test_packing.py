@@ -118,7 +118,9 @@ def test_docstring_example():
 
 
 def test_what_cannot_be_packed_is_refused():
-    with pytest.raises(ValueError, match="example 1 has 9 tokens, 4 patches and 2 learnt tokens; a row holds 8, 4 and 8"):
+    with pytest.raises(
+        ValueError, match="example 1 has 9 tokens, 4 patches and 2 learnt tokens; a row holds 8, 4 and 8"
+    ):
         list(pack([(1, 0, 1), (9, 4, 2)], Packing(row_tokens=8, row_patches=4)))
     with pytest.raises(ValueError, match="example 0 has 2 tokens, 4 patches"):
         list(pack([(2, 4, 1)], Packing(row_tokens=8)))

@@ -68,7 +68,9 @@ def test_writes_what_it_promises(whole):
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
         assert list((folder / stage / "tensorboard").glob("events*"))
     assert (folder / "report.html").stat().st_size > 10_000
-    assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {p.name for p in (folder / "export").iterdir()}
+    assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {
+        p.name for p in (folder / "export").iterdir()
+    }
     assert numbers(folder)["stages"]["extend_tokenizer"]["fertility"]["ar"]["after"]["tokens_per_word"] < 3.5
 
 

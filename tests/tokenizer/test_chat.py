@@ -111,16 +111,12 @@ def test_rendering(tokenizer):
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
         "<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
     )
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": " a\n"}, {"type": "image", "image": "x.png"}]}
-    ]
+    messages = [{"role": "user", "content": [{"type": "text", "text": " a\n"}, {"type": "image", "image": "x.png"}]}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert rendered == "<|im_start|>user\n a\n<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
 
 
-CONTENT = st.text(st.sampled_from("ab ها الكلمة\n\t.<>|{}%é🙂"), max_size=12).filter(
-    lambda t: "<image>" not in t
-)
+CONTENT = st.text(st.sampled_from("ab ها الكلمة\n\t.<>|{}%é🙂"), max_size=12).filter(lambda t: "<image>" not in t)
 TURN = st.tuples(CONTENT, st.integers(0, 2)).map(lambda x: x[0] + "<image>" * x[1])
 
 

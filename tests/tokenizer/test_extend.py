@@ -199,9 +199,7 @@ def test_auto_tokenizer_equals_sentencepiece(forms):
 
 
 TEXTS = st.text(
-    st.one_of(
-        st.sampled_from("  \n\tابتثكمنالةىء\u064b\u064f\u0651\u0640٣،؟abz.🙂é"), st.characters(codec="utf-8")
-    ),
+    st.one_of(st.sampled_from("  \n\tابتثكمنالةىء\u064b\u064f\u0651\u0640٣،؟abz.🙂é"), st.characters(codec="utf-8")),
     max_size=40,
 ).filter(lambda text: "▁" not in text)
 
@@ -270,9 +268,7 @@ def tiny_model(tmp_path, **options):
         "hard_vocab_limit": False,
     }
     settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.Train(
-        input=str(text), model_prefix=str(tmp_path / "m"), **settings | options
-    )
+    sentencepiece.SentencePieceTrainer.Train(input=str(text), model_prefix=str(tmp_path / "m"), **settings | options)
     return tmp_path / "m.model"
 
 

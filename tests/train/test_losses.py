@@ -148,7 +148,9 @@ def test_next_token_by_hand():
     smooth = losses.next_token(worked.Bigram(), 2, losses.NextToken(label_smoothing=0.1))
     smoothed = smooth({"table": jnp.log(jnp.asarray(probabilities, jnp.float32))}, {}, batch, None)
     aims = [[0.1 / 3 + 0.9 * (t == target) for t in range(3)] for target in (1, 2, 0)]
-    expected = -sum(a * math.log(p) for aim, row in zip(aims, probabilities, strict=True) for a, p in zip(aim, row, strict=True))
+    expected = -sum(
+        a * math.log(p) for aim, row in zip(aims, probabilities, strict=True) for a, p in zip(aim, row, strict=True)
+    )
     assert float(smoothed.loss) == pytest.approx(expected, abs=1e-5)
     np.testing.assert_allclose(smoothed.parts["loss"], sums.parts["loss"])
 

@@ -68,7 +68,9 @@ def test_frozen_parameters_stay_bit_identical():
     after, _, norm = update(begun, {}, batch, jax.random.key(0))
     after, _, _ = update(after, {}, batch, jax.random.key(0))
     assert float(norm) > 0
-    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after.params), strict=True):
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after.params), strict=True
+    ):
         name = path_name(path)
         frozen = name.startswith(("visual/", "model/embed_tokens/"))
         assert (old.tobytes() == np.asarray(new).tobytes()) == frozen, name

@@ -1,0 +1,80 @@
+"""Prints, as JSON, what two updates come to on one device and on eight simulated ones: run by test_sharding.py.
+
+A process of its own, because the number of simulated devices is fixed when jax starts.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import worked
+
+from ain_jax import sharding
+from ain_jax.data import loader, pack_plan
+from ain_jax.models.config import tiny
+from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
+from ain_jax.train import checkpoint, losses, optimizer, state, step
+
+CONFIG = tiny(tied=False, layers=1)
+LAYOUTS = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+MARKS = {"pack_plan": "abc"}
+
+
+def rows(folder: Path) -> loader.Rows:
+    made = [worked.example(i, 3 + i % 5, [(8, 8)] * (i % 2), group=("ar", "en")[i % 3 == 0]) for i in range(60)]
+    source = worked.examples(made)
+    plan = pack_plan.plan({"made": source}, None, worked.PACKING, None, 0, folder / "plan.npz")
+    assert plan.rows >= 8
+    return loader.Rows(plan, [source], worked.PACKING, worked.PICTURE, worked.IMAGES)
+
+
+def on(mesh: jax.sharding.Mesh, made: loader.Rows, accumulate: int, folder: Path) -> dict:
+    """Losses of two updates on one batch, the second after the state was saved and loaded."""
+    settings = optimizer.Optimizer(1e-2, 1e-2, weight_decay=0.1, rates={"model/embed_tokens": 0.0})
+    with jax.set_mesh(mesh):
+        placed = sharding.shardings(axis_names(CONFIG), abstract_params(CONFIG), mesh)
+        params = jax.tree.map(jax.device_put, init_params(CONFIG, jax.random.key(0)), placed)
+        transform = optimizer.make(settings, params, 10)
+        loss = losses.next_token(MultimodalModel(CONFIG), len(made.groups))
+        update = step.make_update(loss, transform, optimizer.rate_tree(params, settings.rates), accumulate)
+        batch, _ = next(loader.batches(made, 8, sharding.rows(mesh)))
+        begun = state.create(params, transform)
+        before = jax.tree.map(np.array, begun.params)
+        after, sums, norm = update(begun, {}, batch, jax.random.key(0))
+        checkpoints = checkpoint.Checkpoints(folder)
+        checkpoints.save(after, MARKS, wait=True)
+        held = jax.tree.map(np.array, after)
+        loaded = checkpoints.load(1, after, MARKS)
+        checkpoints.close()
+        same = jax.tree.map(lambda a, b: a.tobytes() == np.asarray(b).tobytes(), held, loaded)
+        where = jax.tree.map(lambda a, b: a.sharding == b.sharding, after.params, loaded.params)
+        after, more, _ = update(loaded, {}, batch, jax.random.key(0))
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), before, after.params)
+        largest = max(jax.tree.leaves(after.params["model"]["layers"]), key=lambda x: x.size)
+    return {
+        "losses": [float(s.loss / s.count) for s in (sums, more)],
+        "groups": [float(x) for x in np.asarray(more.parts["loss"][0])],
+        "norm": float(norm),
+        "checksum": float(sum(np.abs(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(after.params))),
+        "loaded_equal": all(jax.tree.leaves(same)) and all(jax.tree.leaves(where)),
+        "frozen_moved": moved["model"]["embed_tokens"]["weight"],
+        "least_moved": min(jax.tree.leaves(moved["visual"])),
+        "part": largest.addressable_shards[0].data.size / largest.size,
+    }
+
+
+def main(folder: Path) -> None:
+    made = rows(folder)
+    names = tuple(f.name for f in dataclasses.fields(sharding.Mesh))
+    one = jax.make_mesh((1, 1, 1), names, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    found = {"one": on(one, made, 1, folder / "one")}
+    for name, sizes in LAYOUTS.items():
+        found[name] = on(sharding.make_mesh(sharding.Mesh(*sizes)), made, 2 if name == "data" else 1, folder / name)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
