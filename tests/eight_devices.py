@@ -19,7 +19,6 @@ from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_nam
 from ain_jax.train import checkpoint, losses, optimizer, state, step
 
 CONFIG = tiny(tied=False, layers=1)
-LAYOUTS = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 MARKS = {"pack_plan": "abc"}
 
 
@@ -31,7 +30,7 @@ def rows(folder: Path) -> loader.Rows:
     return loader.Rows(plan, [source], worked.PACKING, worked.PICTURE, worked.IMAGES)
 
 
-def on(mesh: jax.sharding.Mesh, made: loader.Rows, accumulate: int, folder: Path) -> dict:
+def on(mesh: jax.sharding.Mesh, made: loader.Rows, folder: Path) -> dict:
     """Losses of two updates on one batch, the second after the state was saved and loaded."""
     settings = optimizer.Optimizer(1e-2, 1e-2, weight_decay=0.1, rates={"model/embed_tokens": 0.0})
     with jax.set_mesh(mesh):
@@ -39,7 +38,7 @@ def on(mesh: jax.sharding.Mesh, made: loader.Rows, accumulate: int, folder: Path
         params = jax.tree.map(jax.device_put, init_params(CONFIG, jax.random.key(0)), placed)
         transform = optimizer.make(settings, params, 10)
         loss = losses.next_token(MultimodalModel(CONFIG), len(made.groups))
-        update = step.make_update(loss, transform, optimizer.rate_tree(params, settings.rates), accumulate)
+        update = step.make_update(loss, transform, optimizer.rate_tree(params, settings.rates))
         batch, _ = next(loader.batches(made, 8, sharding.rows(mesh)))
         begun = state.create(params, transform)
         before = jax.tree.map(np.array, begun.params)
@@ -70,10 +69,16 @@ def main(folder: Path) -> None:
     made = rows(folder)
     names = tuple(f.name for f in dataclasses.fields(sharding.Mesh))
     one = jax.make_mesh((1, 1, 1), names, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    found = {"one": on(one, made, 1, folder / "one")}
-    for name, sizes in LAYOUTS.items():
-        found[name] = on(sharding.make_mesh(sharding.Mesh(*sizes)), made, 2 if name == "data" else 1, folder / name)
-    print(json.dumps(found))
+    eight = sharding.make_mesh(sharding.Mesh(data=-1, fsdp=2, tensor=2))
+    found = {"one": on(one, made, folder / "one"), "eight": on(eight, made, folder / "eight")}
+    # What eight devices wrote, one device reads.
+    placed = sharding.shardings(axis_names(CONFIG), abstract_params(CONFIG), one)
+    like = jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract_params(CONFIG), placed
+    )
+    read, again = (checkpoint.load_params(folder / name, like) for name in ("one", "eight"))
+    apart = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), read, again)
+    print(json.dumps(found | {"apart": max(jax.tree.leaves(apart))}))
 
 
 if __name__ == "__main__":
