@@ -46,7 +46,8 @@ def test_each_epoch_holds_every_example_once_and_each_source_its_share(items, co
 
 def test_epochs_are_shuffled_anew_and_follow_the_seed():
     first, second = draw([50], [1.0], 0, 100)[:, 1].reshape(2, 50)
-    assert not np.array_equal(first, second) and not np.array_equal(first, np.arange(50))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, np.arange(50)) and not np.array_equal(second, np.arange(50))
     assert not np.array_equal(draw([50], [1.0], 1, 50)[:, 1], first)
     two = draw([50, 50], [0.5, 0.5], 0, 100)
     assert not np.array_equal(two[two[:, 0] == 0, 1], two[two[:, 0] == 1, 1])

@@ -45,7 +45,7 @@ class Plain:
         return total
 
 
-texts = st.lists(st.text("abcع ", max_size=15), min_size=1, max_size=5)
+texts = st.lists(st.text("abcع \0", max_size=15), min_size=1, max_size=5)
 
 
 @settings(max_examples=60, deadline=None)

@@ -87,6 +87,17 @@ def test_the_norm_is_of_the_mean_gradient_before_it_is_clipped():
     assert float(sums.count) == (batch.target_segments_BC > 0).sum()
 
 
+def test_frozen_parameters_take_no_part_in_the_norm():
+    def loss(params, frozen, batch, key):
+        return losses.Sums((params["a"] + 3 * params["b"]) * batch["row"].sum(), jnp.float32(1), {})
+
+    params = {"a": jnp.float32(1), "b": jnp.float32(1)}
+    for rates, expected in (({}, 10**0.5), ({"b": 0.0}, 1.0)):
+        update, begun = made(loss, params, Optimizer(0.1, rates=rates))
+        _, _, norm = update(begun, {}, {"row": jnp.ones(1)}, jax.random.key(0))
+        assert float(norm) == pytest.approx(expected)
+
+
 def test_the_key_follows_the_step_and_the_part():
     seen = []
 
