@@ -125,8 +125,10 @@ def read_bindings(path: Path, _including: tuple[Path, ...] = ()) -> list[Binding
     except OSError as error:
         raise ExperimentError(f"{path}: cannot be read ({error.strerror or error})") from None
     bindings = []
-    for statement in _statements(text, str(path)):
-        where = f"{path}:{statement.location.line_num}"
+    # As short as it can be said from here: what bound a value is written into every run's folder.
+    shown = resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else path
+    for statement in _statements(text, str(shown)):
+        where = f"{shown}:{statement.location.line_num}"
         if isinstance(statement, config_parser.IncludeStatement):
             included = path.parent / statement.filename
             if not included.is_file():

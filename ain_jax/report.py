@@ -1,6 +1,7 @@
 """A run -> lines and a table on the terminal, the verdicts on its targets, and one self-contained HTML page.
 
-python -m ain_jax.report runs/ain_tiny      # the page and the table of a finished run, made again
+python -m ain_jax.report runs/ain_tiny              # the page and the table of a finished run, made again
+python -m ain_jax.report runs/ain_tiny --check      # and exit status 1 where a target does not hold
 """
 
 import argparse
@@ -100,12 +101,14 @@ def write(summary: Mapping[str, Any], root: Path, resolved: Any = None) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status, after the table is printed and the page written for a finished run."""
+    """The exit status, after the table is printed and the page written for a finished run; `argv` as on a shell."""
     parser = argparse.ArgumentParser(
         prog="python -m ain_jax.report", description="Make the report of a finished run anew."
     )
     parser.add_argument("run_dir", type=Path, help="the run's folder, for example runs/ain_tiny")
-    root = parser.parse_args(argv).run_dir
+    parser.add_argument("--check", action="store_true", help="exit with status 1 where a target does not hold")
+    arguments = parser.parse_args(argv)
+    root = arguments.run_dir
     try:
         summary = json.loads((root / "summary.json").read_text("utf-8"))
     except FileNotFoundError:
@@ -124,6 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print_table(summary)
     print(f"report   {write(summary, root)}")
+    claims = verdicts(summary)
+    if arguments.check and not (claims and all(claim.holds for claim in claims)):
+        print(f"ain_jax: {held(claims)}, where --check expects one or more, and all", file=sys.stderr)
+        return 1
     return 0
 
 

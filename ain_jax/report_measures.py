@@ -99,7 +99,8 @@ def _likelihood(measured: Mapping[str, Any], baselines: Mapping[str, Any]) -> It
         values = _present({name: (model.get("bits_per_byte") or {}).get(code) for name, model in measured.items()})
         constant = (baselines.get("bits_per_byte") or {}).get(code)
         after = "pretrain" if "pretrain" in values else None
-        yield _judged(f"bits per byte, {language(code)}", values, after, True, constant, "a byte n-gram")
+        order = baselines.get("ngram") or "n"
+        yield _judged(f"bits per byte, {language(code)}", values, after, True, constant, f"a byte {order}-gram")
 
 
 def _answers(measured: Mapping[str, Any], baselines: Mapping[str, Any]) -> Iterator[Row]:

@@ -51,8 +51,9 @@ def a_summary() -> dict:
         "constant": {
             "reading_unseen_words": {"cer": 0.8, "answer": "الان"},
             "reading_new_renderings": {"cer": 0.8, "answer": "متلا"},
-            "naming_new_renderings": {"accuracy": 0.01, "answer": "تونس"},
+            "naming_new_renderings": {"accuracy": 0.01, "ar": 0.02, "en": 0.02, "answer": "تونس"},
         },
+        "ngram": 5,
     }
 
     def moved(*per_word):
@@ -168,8 +169,8 @@ def test_every_claim_of_a_good_run_holds_and_each_measure_is_claimed():
     verdicts = report.verdicts(a_summary())
     assert all(v.holds for v in verdicts)
     # 1 fall of tokens; 2 languages x (untrained, n-gram); 2 reading sets x (untrained, constant);
-    # naming: all x (untrained, constant), 2 languages x untrained; 2 kinds of pair
-    assert len(verdicts) == 1 + 4 + 4 + 4 + 2
+    # naming: (all, 2 languages) x (untrained, constant); 2 kinds of pair
+    assert len(verdicts) == 1 + 4 + 4 + 6 + 2
     claim, value, bound, holds = verdicts[0]
     assert claim == "Arabic tokens per word fall by at least 40%"
     assert (value, bound, holds) == (pytest.approx(0.6), 0.4, True)
@@ -180,12 +181,13 @@ def test_every_claim_of_a_good_run_holds_and_each_measure_is_claimed():
     [
         ("fertility/ar/after/tokens_per_word", 3.01, ["Arabic tokens per word"]),
         ("fertility/en/after/tokens_per_word", 9.0, []),  # nothing is claimed of it
-        ("models/pretrain/bits_per_byte/ar", 1.69, ["Arabic: pretrain below a byte n-gram"]),  # equal is not below
+        ("models/pretrain/bits_per_byte/ar", 1.69, ["Arabic: pretrain below a byte 5-gram"]),  # equal is not below
         ("models/pretrain/bits_per_byte/en", 3.4, ["pretrain below untrained", "pretrain below a byte"]),
         ("models/prefer/bits_per_byte/en", 3.4, []),  # judged after pretraining
         ("models/prefer/reading_unseen_words/cer", 0.9, ["unseen words: prefer below the best constant"]),
         ("models/untrained/reading_new_renderings/cer", 0.1, ["new renderings: prefer below untrained"]),
         ("models/prefer/naming_new_renderings/accuracy", 0.005, ["new renderings: prefer above the best"]),
+        ("models/prefer/naming_new_renderings/en", 0.02, ["English: prefer above the best constant"]),
         ("models/untrained/naming_new_renderings/ar", 0.7, ["Arabic: prefer above untrained"]),
         ("models/prefer/preference/wrong_language/accuracy", 0.6, ["wrong language: prefer above instruct"]),  # no rise
         ("models/untrained/preference/wrong_language/accuracy", 1.0, []),  # judged against instruct
@@ -246,13 +248,13 @@ def test_the_table_has_a_row_for_each_measure_and_a_column_for_each_stage(capsys
     row = next(line for line in lines if "bits per byte, Arabic" in line).split()
     assert row[-7:] == ["2.700", "1.500", "1.600", "1.610", "1.690", "lower", "ok"]
     assert next(line for line in lines if "tokens per word, English" in line).split()[-3:] == ["1.30", "1.30", "lower"]
-    assert "15 of 15 targets hold" in lines
+    assert "17 of 17 targets hold" in lines
 
 
 def test_the_table_names_the_claim_that_fails(capsys):
     report.print_table(changed("models/prefer/preference/wrong_language/accuracy", 0.6))
     out = capsys.readouterr().out
-    assert "14 of 15 targets hold" in out
+    assert "16 of 17 targets hold" in out
     assert "not met: preference accuracy, wrong language: prefer above instruct (0.600 against 0.600)" in out
 
 
@@ -268,7 +270,7 @@ def test_columns_follow_the_stages():
     [
         ("extend_tokenizer", "10 new pieces; tokens per word ar 5.00 -> 2.00, en 1.30 -> 1.30"),
         ("pretrain", "3 steps, 99.0% of slots filled; loss 3.000 -> 3.000"),
-        ("evaluate", "untrained, pretrain, instruct, prefer measured; 14 of 14 targets hold"),
+        ("evaluate", "untrained, pretrain, instruct, prefer measured; 16 of 16 targets hold"),
         ("export", "2 files, 2.0 MB, in export/"),
     ],
 )
@@ -427,9 +429,20 @@ def test_a_finished_run_is_reported_anew_from_its_folder(run):
     command = [sys.executable, "-m", "ain_jax.report", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "15 of 15 targets hold" in done.stdout and str(run / "report.html") in done.stdout
+    assert "17 of 17 targets hold" in done.stdout and str(run / "report.html") in done.stdout
     assert (run / "report.html").read_text("utf-8") == first  # nothing in it changes from one writing to the next
     assert not list(run.glob("*.tmp"))
+
+
+def test_a_check_fails_where_a_target_does_not_hold(run, capsys):
+    assert report.main([str(run), "--check"]) == 0
+    (run / "summary.json").write_text(json.dumps(changed("models/prefer/reading_unseen_words/cer", 0.9)))
+    assert report.main([str(run)]) == 0
+    capsys.readouterr()
+    assert report.main([str(run), "--check"]) == 1
+    assert capsys.readouterr().err == "ain_jax: 16 of 17 targets hold, where --check expects one or more, and all\n"
+    (run / "summary.json").write_text(json.dumps({"experiment": "small", "stages": {}}))
+    assert report.main([str(run), "--check"]) == 1  # nothing was claimed
 
 
 @pytest.mark.parametrize("content", [None, '{"experiment": '])

@@ -6,6 +6,7 @@ batch, because row r is the same wherever it is laid.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def fingerprint(sources, mixture, packing, rows, seed) -> str:
     """A digest of everything that the plan depends on: data, tokenizer, budgets, weights, seed, length."""
     what = {
         "sources": [[name, examples.fingerprint] for name, examples in sources.items()],  # units count them in order
-        "mixture": None if mixture is None else [dict(mixture.weights), mixture.by],
+        "mixture": None if mixture is None else dataclasses.asdict(mixture),
         "packing": dataclasses.asdict(packing),
         "rows": rows,
         "seed": seed,
@@ -82,23 +83,7 @@ def _make(sources, mixture, packing, rows, seed, mark) -> PackPlan:
         empty = sorted(set(sources) - set(means))
         if empty:
             raise ValueError(f"source {empty[0]!r} has no examples: take it out of Mixture.weights")
-        shares = example_shares(mixture, means)
-        names = list(sources)
-        # As many draws as the rows could hold, and the windows that pack() looks ahead.
-        mean = np.stack([shares[n] * sizes[n].mean(axis=0) for n in names]).sum(axis=0)
-        per_row = float(np.min(packing.budgets[mean > 0] / mean[mean > 0]))
-        units_U2 = draw(
-            [len(sources[n]) for n in names],
-            [shares[n] for n in names],
-            seed,
-            int(1.2 * per_row * rows) + 4 * packing.window,
-        )
-        packed = []
-        for row in pack((sizes[names[s]][e] for s, e in units_U2), packing):
-            packed.append(row)
-            if len(packed) == rows:
-                break
-        assert len(packed) == rows, "the draw was too short for the rows"
+        units_U2, packed = _draw_phases(sizes, mixture, means, packing, rows, seed)
     order = [unit for row in packed for unit in row]
     units_U2 = units_U2[order].astype(np.int32)
     starts_R = np.concatenate([[0], np.cumsum([len(row) for row in packed], dtype=np.int64)])
@@ -115,6 +100,27 @@ def _make(sources, mixture, packing, rows, seed, mark) -> PackPlan:
         max_units=max((len(row) for row in packed), default=0),
         fingerprint=mark,
     )
+
+
+def _draw_phases(sizes, mixture: Mixture, means, packing: Packing, rows: int, seed: int):
+    """(units_U2, rows as indices of units) of the phases of a mixture, one behind the other."""
+    names = list(sizes)
+    drawn, packed, begin, done = [], [], np.zeros(len(names), int), 0
+    for phase, wanted in enumerate(mixture.phase_rows(rows)):
+        shares = example_shares(mixture, means, phase)
+        # As many draws as the rows could hold, and the windows that pack() looks ahead.
+        mean = np.stack([shares[n] * sizes[n].mean(axis=0) for n in names]).sum(axis=0)
+        per_row = float(np.min(packing.budgets[mean > 0] / mean[mean > 0]))
+        count = int(1.2 * per_row * wanted) + 4 * packing.window
+        units_U2 = draw([len(sizes[n]) for n in names], [shares[n] for n in names], seed, count, begin)
+        made = list(itertools.islice(pack((sizes[names[s]][e] for s, e in units_U2), packing), wanted))
+        assert len(made) == wanted, "the draw was too short for the rows"
+        packed += [[done + unit for unit in row] for row in made]
+        drawn.append(units_U2)
+        done += len(units_U2)
+        used = units_U2[: 1 + max((unit for row in made for unit in row), default=-1)]
+        begin = begin + np.bincount(used[:, 0], minlength=len(names))
+    return np.concatenate(drawn), packed
 
 
 def save(made: PackPlan, path: Path) -> None:

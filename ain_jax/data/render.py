@@ -75,8 +75,12 @@ def text_picture(
     multiple: int = 28,
     fill: tuple[float, float] = (0.65, 0.9),
     angle: float = 3.0,
+    jitter: float = 1.0,
 ) -> Image.Image:
     """A line of dark text on a light ground, at a random size, place, turn and colour; RGB.
+
+    `jitter` is the share of the free room that the place is drawn from: 1 puts the ink anywhere, 0 on the right, where
+    an Arabic line begins, and halfway down.
 
     `fill` bounds the font's em as a share of the height; text that would stick out is drawn smaller. Without
     `width` the picture is as wide as the text asks, rounded up to `multiple` (28 = Qwen2-VL's patch of 14
@@ -95,7 +99,9 @@ def text_picture(
         ink_HW = draw_text(text, font_path, size, turn)
     rows, columns = ink_HW.shape
     across = -(-(columns + 2) // multiple) * multiple if width is None else width
-    top, left = rng.integers(0, height - rows + 1), rng.integers(0, across - columns + 1)
+    low, side = height - rows, across - columns  # the room that is free
+    top = round(low / 2 + jitter * low * (rng.random() - 0.5))
+    left = round(side - jitter * side * rng.random())
     picture_HWC = background(height, across, rng, low=185)
     ink_C = rng.uniform(0, 85, 3).astype(np.float32)
     cover_HW1 = ink_HW[:, :, None].astype(np.float32) / 255

@@ -183,20 +183,25 @@ def _scored(
 
 def _baselines(stage: common.StageRun, settings: Evaluation) -> dict[str, Any]:
     """The best constant answers, and the byte model trained on the very text that pretraining saw."""
-    result: dict[str, Any] = {"bits_per_byte": {}, "constant": {}}
+    result: dict[str, Any] = {"bits_per_byte": {}, "constant": {}, "ngram": settings.ngram}
     for source in settings.texts:
         language = source.rpartition("/")[2]
         test = _texts(stage, source, "test")
         model = ngram.train(_texts(stage, source, "train"), settings.ngram)
         result["bits_per_byte"][language] = round(model.bits(test) / sum(len(t.encode()) for t in test), 5)
     for name, kind, split in QUESTIONS:
-        references = [record.messages[-1].content for record in stage.records(kind, split)[0]]
+        records = stage.records(kind, split)[0]
+        references = {record.id: record.messages[-1].content for record in records}
         if kind == "read":
-            answer, rate = scores.best_constant([scores.letters(r) for r in references])
+            answer, rate = scores.best_constant([scores.letters(r) for r in references.values()])
             result["constant"][name] = _rounded({"cer": rate}) | {"answer": answer}
         else:
-            answer, share = scores.most_common([scores.plain(r) for r in references])
-            result["constant"][name] = _rounded({"accuracy": share}) | {"answer": answer}
+            answer, share = scores.most_common([scores.plain(r) for r in references.values()])
+            shares = {"accuracy": share}
+            for language in sorted({record.language for record in records}):
+                own = [scores.plain(references[record.id]) for record in records if record.language == language]
+                shares[language] = scores.most_common(own)[1]
+            result["constant"][name] = _rounded(shares) | {"answer": answer}
     return result
 
 

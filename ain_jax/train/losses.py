@@ -5,6 +5,7 @@ the loss as it is.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,15 +41,16 @@ class NextToken:
 
 PLAIN = NextToken()
 
-TARGET_CHUNK = 64  # learnt positions of each row whose logits are held at once
+TARGET_CHUNK = 64  # learnt positions of each row whose logits are held at once, where they are too many to hold all
+HELD_LOGITS = 2**25  # this many are held until the backward pass: 128 MiB in float32
 
 
 def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Three (B, C) arrays: log-probability in nats of each target, whether the model's first choice is it, and the
     mean log-probability of the whole vocabulary there (for label smoothing).
 
-    The head runs on learnt positions only, in chunks whose logits are made anew in the backward pass, so that
-    memory holds B x TARGET_CHUNK rows of the vocabulary and never the whole.
+    The head runs on learnt positions only. Where their logits are more than HELD_LOGITS it runs in chunks whose
+    logits are made anew in the backward pass: memory holds B x TARGET_CHUNK rows of the vocabulary, never the whole.
     """
     hidden_BLD = model.apply(
         {"params": params},
@@ -63,26 +65,30 @@ def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, 
     )
     hidden_BCD = jnp.take_along_axis(hidden_BLD, batch.predict_at_BC[..., None], axis=1)
     B, C = batch.predict_at_BC.shape
+    score = functools.partial(_score, model, params)
+    logits = jax.eval_shape(functools.partial(model.apply, method="logits"), {"params": params}, hidden_BCD)
+    if logits.size <= HELD_LOGITS:
+        return score(hidden_BCD, batch.targets_BC)
     chunk = min(TARGET_CHUNK, C)
     chunks = -(-C // chunk)
     pad = chunks * chunk - C
     hidden_BCD = jnp.pad(hidden_BCD, ((0, 0), (0, pad), (0, 0)))
     targets_BC = jnp.pad(batch.targets_BC, ((0, 0), (0, pad)))
-
-    @jax.checkpoint
-    def one_chunk(_, inputs):
-        hidden_BcD, targets_Bc = inputs
-        logits_BcV = model.apply({"params": params}, hidden_BcD, method="logits").astype(jnp.float32)
-        chosen_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
-        norm_Bc = jax.nn.logsumexp(logits_BcV, axis=-1)
-        correct_Bc = chosen_Bc >= logits_BcV.max(axis=-1)
-        return None, (chosen_Bc - norm_Bc, correct_Bc, logits_BcV.mean(axis=-1) - norm_Bc)
-
+    one_chunk = jax.checkpoint(lambda _, inputs: (None, score(*inputs)))
     by_chunk = lambda x: jnp.moveaxis(x.reshape(B, chunks, chunk, *x.shape[2:]), 1, 0)
     _, columns = jax.lax.scan(one_chunk, None, (by_chunk(hidden_BCD), by_chunk(targets_BC)))
     back = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * chunk)[:, :C]
     log_probs_BC, correct_BC, mean_BC = (back(column) for column in columns)
     return log_probs_BC, correct_BC, mean_BC
+
+
+def _score(model: Any, params: Any, hidden_BCD: jax.Array, targets_BC: jax.Array):
+    """What `target_log_probs` returns, of these positions."""
+    logits_BCV = model.apply({"params": params}, hidden_BCD, method="logits").astype(jnp.float32)
+    chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    norm_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    correct_BC = chosen_BC >= logits_BCV.max(axis=-1)
+    return chosen_BC - norm_BC, correct_BC, logits_BCV.mean(axis=-1) - norm_BC
 
 
 def group_sums(values: jax.Array, weights: jax.Array, groups: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

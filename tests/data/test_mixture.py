@@ -62,6 +62,28 @@ def test_shares_by_hand():
     )
 
 
+@settings(max_examples=60, deadline=None)
+@given(sources, st.integers(1, 300), st.integers(1, 300), st.integers(0, 5))
+def test_a_later_phase_goes_on_where_the_sources_stood(items, first, second, seed):
+    sizes, weights = zip(*items, strict=True)
+    shares = normed(weights)
+    before = draw(sizes, shares, seed, first)
+    begin = np.bincount(before[:, 0], minlength=len(sizes)).tolist()
+    after = draw(sizes, shares[::-1], seed, second, begin)
+    assert len(after) == second
+    for source, size in enumerate(sizes):
+        examples = np.concatenate([part[part[:, 0] == source, 1] for part in (before, after)])
+        whole = draw([size] * (source + 1), [0.0] * source + [1.0], seed, len(examples))
+        np.testing.assert_array_equal(examples, whole[:, 1])
+
+
+def test_phases_by_hand():
+    mixture = Mixture({"a": (1.0, 0.0, 3.0), "b": (0.0, 2.0, 1.0), "c": 1.0}, phases=(1.0, 1.0, 2.0))
+    assert mixture.phase_rows(8) == [2, 2, 4] and mixture.phase_rows(5) == [1, 1, 3] and sum(mixture.phase_rows(7)) == 7
+    assert mixture.phase_weights(1) == {"a": 0.0, "b": 2.0, "c": 1.0}
+    assert example_shares(mixture, {"a": 1, "b": 1, "c": 1}, 2) == pytest.approx({"a": 0.6, "b": 0.2, "c": 0.2})
+
+
 def test_what_cannot_be_mixed_is_refused():
     with pytest.raises(
         ValueError, match=r"weights = \{'a': 1, 'b': -1\}: expected one source or more, each with a share above 0"
@@ -69,6 +91,12 @@ def test_what_cannot_be_mixed_is_refused():
         Mixture({"a": 1, "b": -1})
     with pytest.raises(ValueError, match="expected one source or more"):
         Mixture({})
+    with pytest.raises(ValueError, match=r"weights\['a'\] = \(1.0,\): expected one number, or 2, one for each of phases"):
+        Mixture({"a": (1.0,)}, phases=(0.5, 0.5))
+    with pytest.raises(ValueError, match="and one at least in every phase"):
+        Mixture({"a": (1.0, 0.0)}, phases=(0.5, 0.5))
+    with pytest.raises(ValueError, match=r"phases = \(0.5, 0\): expected one share of the rows or more, each above 0"):
+        Mixture({"a": 1.0}, phases=(0.5, 0))
     with pytest.raises(ValueError, match="names 'documnts': did you mean 'documents'"):
         example_shares(Mixture({"documnts": 1.0}), {"documents": 5.0, "read": 3.0})
     with pytest.raises(ValueError, match="source 1 of the mixture has no examples"):

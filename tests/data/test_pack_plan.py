@@ -66,6 +66,20 @@ def test_a_share_of_tokens_is_a_share_of_tokens(sources, tmp_path):
     assert tokens[0] / sum(tokens) == pytest.approx(0.75, abs=0.02)
 
 
+def test_the_rows_of_a_phase_hold_its_sources_alone(sources, tmp_path):
+    mixture = Mixture({"short": (1.0, 0.0, 0.5), "long": (0.0, 1.0, 0.5)}, phases=(0.25, 0.25, 0.5))
+    plan = pack_plan.plan(sources, mixture, PACKING, 40, 0, tmp_path / "plan.npz")
+    assert plan.rows == 40
+    held = [{int(s) for s, _ in plan.row(r)} for r in range(40)]
+    assert all(h == {0} for h in held[:10]) and all(h == {1} for h in held[10:20])
+    assert set.union(*held[20:]) == {0, 1}
+    # An epoch goes on over the border: nothing of it comes twice.
+    counted = Counter(int(e) for s, e in plan.units_U2 if s == 1)
+    assert max(counted.values()) - min(counted.get(e, 0) for e in range(12)) <= 2
+    totals_R3 = np.stack(totals(plan, sources))
+    assert (totals_R3 <= PACKING.budgets).all()
+
+
 def test_a_longer_run_begins_with_the_rows_of_the_shorter_one(sources, tmp_path):
     mixture = Mixture({"short": 0.6, "long": 0.4})
     short, long = (pack_plan.plan(sources, mixture, PACKING, n, 0, tmp_path / f"{n}.npz") for n in (20, 90))
@@ -98,6 +112,8 @@ def test_whatever_changes_makes_another_plan(sources, tmp_path):
         (sources, mixture, dataclasses.replace(PACKING, row_targets=31), 20, 0),
         (sources, dataclasses.replace(mixture, by="tokens"), PACKING, 20, 0),
         (sources, Mixture({"short": 0.5, "long": 0.5}), PACKING, 20, 0),
+        (sources, Mixture({"short": (0.6, 0.5), "long": 0.4}, phases=(0.5, 0.5)), PACKING, 20, 0),
+        (sources, Mixture({"short": (0.6, 0.5), "long": 0.4}, phases=(0.4, 0.6)), PACKING, 20, 0),
         (sources | {"long": changed}, mixture, PACKING, 20, 0),
         # The same sources in another order: units count them, so a plan of the one is wrong for the other.
         (dict(reversed(sources.items())), mixture, PACKING, 20, 0),

@@ -135,6 +135,22 @@ def test_text_picture_holds_all_the_ink(font, height):
         assert len(rows) > 0.4 * height  # the text fills most of the picture
 
 
+def test_jitter_says_how_far_the_ink_strays_from_its_place():
+    def places(jitter):
+        found = []
+        for seed in range(30):
+            picture = text_picture("د", NASKH, np.random.default_rng(seed), 56, 56, fill=(0.5, 0.5), jitter=jitter)
+            ink_HW = np.asarray(picture.convert("L")).astype(int) < 140
+            rows, columns = np.flatnonzero(ink_HW.any(axis=1)), np.flatnonzero(ink_HW.any(axis=0))
+            found.append((rows[0] + rows[-1] - 55, 55 - columns[-1]))  # twice off the middle, room on the right
+        return np.array(found)
+
+    still, near, free = places(0.0), places(0.3), places(1.0)
+    assert np.abs(still).max() <= 2  # half covered pixels at the edge of the ink
+    assert near[:, 1].max() <= 0.3 * 50 and np.ptp(near, axis=0).min() > 4
+    assert (np.ptp(free, axis=0) > 2 * np.ptp(near, axis=0)).all()
+
+
 def test_text_picture_fits_a_given_width():
     picture = text_picture("والمستخدمين", NASKH, np.random.default_rng(0), height=56, width=56)
     assert picture.size == (56, 56)

@@ -17,6 +17,8 @@ from ain_jax.data.builders.sample import SampleParams, build, records
 from ain_jax.data.formats import validate
 
 TINY = SampleParams(
+    letter_pictures=70,
+    part_pictures=300,
     read_pictures=60,
     read_test_pictures=20,
     renderings=1,
@@ -133,6 +135,18 @@ def test_words_to_read_are_new_in_test_and_known_in_test_rendered(all_records):
     assert 0.06 < len(held.words) / len(held.train_words) < 0.11
 
 
+def test_letters_and_parts_of_words_give_no_held_out_word_away(all_records):
+    held = made.held_out(TINY)
+    letters = answers(all_records["letter", "train"])
+    assert all(len(letter) == 1 for letter in letters) and letters == set("".join(held.train_words))
+    parts = [part.replace(" ", "") for part in answers(all_records["part", "train"])]
+    assert {len(part) for part in parts} == {2, 3}
+    assert all(any(part in word for word in held.train_words) for part in parts)
+    assert not set(parts) & set(held.words)
+    # Such words do stand within longer ones, so that the rule above has something to do.
+    assert any(short in long for short in held.words if len(short) == 2 for long in held.train_words)
+
+
 @pytest.mark.parametrize("kind", ["read", "name"])
 def test_new_renderings_are_new_pictures(kind, all_records):
     trained = {image for record in all_records[kind, "train"] for image in record.images}
@@ -174,6 +188,19 @@ def test_counts_follow_the_parameters(all_records):
     assert len(lines) == 60 and all(" / " in record.messages[-1].content for record in lines)
 
 
+def test_fewer_objects_are_taken_evenly_and_compared_among_themselves():
+    few = replace(TINY, objects=12)
+    names = answers(make("name", "train", few)) | answers(make("name", "train", replace(few, renderings=2)))
+    assert len(names) == 24  # in two languages
+    tables = [table for table, _ in made.objects(few)]
+    assert len(tables) == 12 and set(tables) == {"emoji", "flags"}
+    assert {r.rejected for r in make("preference", "train", few) if r.kind == "neighbour_answer"} <= names
+    with pytest.raises(ValueError, match="objects 400: the sample has 286; give no more, or 0 for all"):
+        made.objects(replace(TINY, objects=400))
+    with pytest.raises(ValueError, match="objects 1: expected 2 or more, or 0 for all"):
+        replace(TINY, objects=1)
+
+
 def test_each_side_of_held_out_text_is_large_enough(all_records):
     for kind in ("documents", "parallel"):
         sizes = {split: sum(len(r.text) for r in all_records[kind, split]) for split in ("train", "test")}
@@ -203,7 +230,7 @@ def test_preference_kinds(all_records):
                 or not record.images
             )
         if record.kind == "neighbour_answer":
-            names = {row[f"name_{record.language}"] for _, row in made.objects()}
+            names = {row[f"name_{record.language}"] for _, row in made.objects(TINY)}
             assert {better, record.rejected} <= names
         if record.kind == "corrupted_reading":
             assert abs(len(better) - len(record.rejected)) <= 2

@@ -112,8 +112,10 @@ def random_batch(seed, B=2, L=40, C=24, V=30, groups=3):
     )
 
 
+@pytest.mark.parametrize("held", [0, losses.HELD_LOGITS], ids=["chunks", "whole"])
 @pytest.mark.parametrize("C", [1, 24, 64, 65, 150])
-def test_log_probabilities_do_not_depend_on_the_chunks(C):
+def test_log_probabilities_do_not_depend_on_the_chunks(C, held, monkeypatch):
+    monkeypatch.setattr(losses, "HELD_LOGITS", held)
     batch, params = random_batch(C, C=C, V=192), worked.table()
     log_probs_BC, correct_BC, mean_BC = losses.target_log_probs(worked.Bigram(), params, batch)
     last_BC = np.take_along_axis(batch.tokens_BL, batch.predict_at_BC, axis=1)
@@ -122,6 +124,14 @@ def test_log_probabilities_do_not_depend_on_the_chunks(C):
     best_BC = np.asarray(params["table"])[last_BC].argmax(axis=-1)
     np.testing.assert_array_equal(correct_BC, best_BC == batch.targets_BC)
     np.testing.assert_allclose(mean_BC, worked.log_table(params)[last_BC].mean(axis=-1), atol=2e-5)
+
+
+def test_gradients_do_not_depend_on_the_chunks(params, monkeypatch):
+    loss, batch = losses.next_token(MultimodalModel(worked.CONFIG), 2), worked.batch([[s for e in range(3) for s in worked.segments(TEXTS, e)]], TEXT)
+    whole = with_gradient(loss)(params, batch)
+    monkeypatch.setattr(losses, "HELD_LOGITS", 0)
+    monkeypatch.setattr(losses, "TARGET_CHUNK", 7)
+    assert_same(with_gradient(loss)(params, batch), whole)
 
 
 def test_next_token_by_hand():

@@ -50,12 +50,15 @@ class SampleParams:
     read_pictures: int = 6000
     read_test_pictures: int = 300  # in `test`, and again in `test_rendered`
     read_line_share: float = 0.15  # share of pictures with two or three words
-    read_short_share: float = 0.0  # share of pictures in `train` that show one to three letters of a word
     read_letters: int = 8  # longest word to read
+    letter_pictures: int = 2000  # of one letter as it stands alone, to learn before words
+    part_pictures: int = 2000  # of two or three letters of a word
     multiple: int = 28  # both sides of a picture are multiples of it: patch times merge of the model that reads them
     read_height: int = 28
     read_fill: tuple[float, float] = (0.65, 0.9)
     read_angle: float = 3.0
+    read_jitter: float = 1.0  # share of the free room that the place of the ink is drawn from
+    objects: int = 0  # how many of the emoji and flags are named, evenly taken from each; 0 is all
     renderings: int = 12  # pictures of each emoji and flag in `train`
     test_renderings: int = 2
     object_size: int = 56
@@ -71,8 +74,10 @@ class SampleParams:
     def __post_init__(self):
         if not 0 < self.held_out_share < 0.5:
             raise ValueError(f"held_out_share {self.held_out_share}: expected a share above 0 and below 0.5")
-        if not 0 <= self.read_short_share < 1:
-            raise ValueError(f"read_short_share {self.read_short_share}: expected 0 or more and below 1")
+        if not 0 <= self.read_jitter <= 1:
+            raise ValueError(f"read_jitter {self.read_jitter}: expected a share of the free room, 0 to 1")
+        if self.objects < 0 or self.objects == 1:
+            raise ValueError(f"objects {self.objects}: expected 2 or more, or 0 for all")
         if not self.fonts:
             raise ValueError("fonts is empty; name at least one font file")
         for font in self.fonts:
@@ -240,28 +245,15 @@ def spell(words: Sequence[str]) -> str:
 
 
 def read_words(params: SampleParams, split: str, index: int) -> list[str]:
-    """The word, the two or three words, or in `train` the few letters of one picture."""
+    """The word, or the two or three words, of one picture."""
     words = held_out(params).words if split == "test" else held_out(params).train_words
-    if split == "test_rendered":  # what some trained picture shows, a whole word or line
+    if split == "test_rendered":  # what some trained picture shows
         split = "train"
         index = int(generator(params, "read/test_rendered/which", index).integers(params.read_pictures))
-        while params.read_short_share and _short(params, index)[0]:
-            index = (index + 1) % params.read_pictures
-    short, rng = _short(params, index) if split == "train" else (False, generator(params, f"read/{split}/words", index))
-    if short:
-        word = words[rng.integers(len(words))]
-        begin, length = rng.integers(len(word)), rng.choice((1, 1, 1, 2, 2, 3))
-        part = word[begin : begin + length]
-        return [part if part not in held_out(params).words else part[0]]
+    rng = generator(params, f"read/{split}/words", index)
     if rng.random() < params.read_line_share:
         return [words[i] for i in rng.integers(len(words), size=rng.integers(2, 4))]
     return [words[_order(params, split, len(words))[index % len(words)]]]  # each word once before any comes twice
-
-
-def _short(params: SampleParams, index: int) -> tuple[bool, np.random.Generator]:
-    """Whether a picture of `train` shows a few letters, and the numbers to draw the rest with."""
-    rng = generator(params, "read/train/words", index)
-    return bool(rng.random() < params.read_short_share), rng
 
 
 @lru_cache(maxsize=8)
@@ -276,6 +268,29 @@ def read(params: SampleParams, split: str) -> Iterator[Record]:
         yield _reading(params, f"read/{split}/{index}", read_words(params, split, index), rng)
 
 
+def letter(params: SampleParams, split: str) -> Iterator[Record]:
+    """One letter drawn alone, each as often as it stands in the words to read."""
+    letters = "".join(held_out(params).train_words)
+    for index in range(params.letter_pictures):
+        rng = generator(params, f"letter/{split}", index)
+        yield _reading(params, f"letter/{split}/{index}", [_pick(letters, rng)], rng)
+
+
+def part(params: SampleParams, split: str) -> Iterator[Record]:
+    """Two or three neighbouring letters of a word to read; never a whole word that is held out."""
+    hidden = held_out(params)
+    words = [word for word in hidden.train_words if len(word) > 2]
+    for index in range(params.part_pictures):
+        rng = generator(params, f"part/{split}", index)
+        while True:
+            word, length = _pick(words, rng), int(rng.integers(2, 4))
+            begin = int(rng.integers(len(word) - length + 1))
+            letters = word[begin : begin + length]
+            if letters not in hidden.words:
+                break
+        yield _reading(params, f"part/{split}/{index}", [letters], rng)
+
+
 def _reading(params: SampleParams, name: str, words: list[str], rng: np.random.Generator) -> Record:
     language = _pick(("ar", "en"), rng)
     picture = text_picture(
@@ -286,15 +301,22 @@ def _reading(params: SampleParams, name: str, words: list[str], rng: np.random.G
         multiple=params.multiple,
         fill=params.read_fill,
         angle=params.read_angle,
+        jitter=params.read_jitter,
     )
     messages = _turns(f"{IMAGE}\n{_pick(ASK_READ[language], rng)}", spell(words))
     kind = "line" if len(words) > 1 else "word"
     return Record(name, "read", language, kind, messages=messages, images=(encode_png(picture),))
 
 
-def objects() -> list[tuple[str, Row]]:
-    """("emoji" or "flags", row) of everything that can be named."""
-    return [(table, row) for table in ("emoji", "flags") for row in sample.rows(table)]
+@lru_cache(maxsize=4)
+def objects(params: SampleParams) -> tuple[tuple[str, Row], ...]:
+    """("emoji" or "flags", row) of what is named."""
+    every = [(table, row) for table in ("emoji", "flags") for row in sample.rows(table)]
+    if not params.objects:
+        return tuple(every)
+    if params.objects > len(every):
+        raise ValueError(f"objects {params.objects}: the sample has {len(every)}; give no more, or 0 for all")
+    return tuple(every[i] for i in np.linspace(0, len(every) - 1, params.objects).round().astype(int))
 
 
 @lru_cache(maxsize=512)
@@ -304,7 +326,7 @@ def _cutout(image: str) -> Image.Image:
 
 def name(params: SampleParams, split: str) -> Iterator[Record]:
     """An emoji or a flag on a random ground; the answer is its name in the language of the question."""
-    for number, (table, row) in enumerate(objects()):
+    for number, (table, row) in enumerate(objects(params)):
         for turn in range(params.renderings if split == "train" else params.test_renderings):
             rng = generator(params, f"name/{split}/{turn}", number)
             language = ("ar", "en")[turn % 2]
@@ -333,7 +355,7 @@ def _naming(
 def preference(params: SampleParams, split: str) -> Iterator[Record]:
     """A conversation with its right answer, and a worse one of three kinds (the record's `kind`)."""
     pairs = translation_pairs(params, split)
-    things = objects()
+    things = objects(params)
     for kind in ("wrong_language", "neighbour_answer", "corrupted_reading"):
         for index in range(params.preference_pairs if split == "train" else params.preference_test_pairs):
             rng = generator(params, f"preference/{split}/{kind}", index)
@@ -347,7 +369,9 @@ def preference(params: SampleParams, split: str) -> Iterator[Record]:
                 rejected = spell(corrupt(words, rng))
             elif kind == "neighbour_answer":
                 record = _naming(params, name, table, row, language, rng)
-                near = [r for t, r in things if t == table and r is not row and r.get("group") == row.get("group")]
+                others = [(t, r) for t, r in things if r is not row]
+                near = [r for t, r in others if t == table and r.get("group") == row.get("group")]
+                near = near or [r for _, r in others]
                 rejected = near[rng.integers(len(near))][f"name_{language}"]
             elif rng.random() < 0.5:
                 record = _naming(params, name, table, row, language, rng)
@@ -404,6 +428,8 @@ KINDS = {
     "documents": (documents, ("train", "test")),
     "parallel": (parallel, ("train", "test")),
     "translate": (translate, ("train", "test")),
+    "letter": (letter, ("train",)),
+    "part": (part, ("train",)),
     "read": (read, ("train", "test", "test_rendered")),
     "name": (name, ("train", "test_rendered")),
     "preference": (preference, ("train", "test")),
