@@ -47,7 +47,7 @@ def _token_nats(model: Any, groups: int) -> Any:
 @functools.lru_cache(maxsize=16)
 def _pair_sums(model: Any, groups: int) -> Any:
     def score(params, batch):
-        log_probs_BN2 = pair_log_probs(model, params, batch)
+        log_probs_BN2, _ = pair_log_probs(model, params, batch)
         margin_BN = log_probs_BN2[..., 0] - log_probs_BN2[..., 1]
         weights_BN = (batch.pair_groups_BN >= 0).astype(margin_BN.dtype)
         kinds_BN = batch.pair_groups_BN * (batch.pair_groups_BN >= 0)

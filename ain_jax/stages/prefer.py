@@ -14,10 +14,11 @@ class Preference:
     """Settings of the preference loss."""
 
     beta: float = 0.1  # how dear it is to leave the reference, per nat
+    sft: float = 0.0  # share of the better answer's own cross-entropy (per token) in the loss
 
     def __post_init__(self):
-        if not self.beta > 0:
-            raise ValueError(f"beta = {self.beta}: expected above 0")
+        if not self.beta > 0 or self.sft < 0:
+            raise ValueError(f"beta = {self.beta}, sft = {self.sft}: expected above 0, and 0 or more")
 
 
 def run(stage: common.StageRun) -> dict:
@@ -26,5 +27,6 @@ def run(stage: common.StageRun) -> dict:
     with jax.set_mesh(stage.mesh):
         batches = lambda r: stage.batches(r, stage.get(Trainer).rows)
         rows = reference.with_reference(rows, stage.model, params, batches, stage.folder / "reference.npz")
-    loss = losses.preference(stage.model, len(rows.groups), stage.get(Preference).beta)
+    settings = stage.get(Preference)
+    loss = losses.preference(stage.model, len(rows.groups), settings.beta, settings.sft)
     return common.fit(stage, params, loss, rows)

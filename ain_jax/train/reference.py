@@ -33,7 +33,7 @@ def with_reference(
         with np.load(path) as stored:
             if str(stored["mark"]) == mark:
                 return dataclasses.replace(rows, reference_RN2=stored["reference_RN2"])
-    score = jax.jit(lambda p, batch: pair_log_probs(model, p, batch))
+    score = jax.jit(lambda p, batch: pair_log_probs(model, p, batch)[0])
     parts = [np.asarray(score(params, batch)) for batch, _ in batches(rows)]
     reference_RN2 = np.concatenate(parts)[: len(rows)]
     beside = path.with_suffix(".tmp.npz")

@@ -87,7 +87,7 @@ def test_packed_pairs_have_the_loss_and_gradients_that_they_have_alone(params):
 def test_a_policy_that_is_its_own_reference_pays_log_2():
     params, model = worked.table(), worked.Bigram()
     pairs = worked.pair_batch(PAIRS, [[1], [0, 2]], 2, Packing(row_tokens=64, row_patches=64, row_targets=40))
-    same = dataclasses.replace(pairs, reference_BN2=np.asarray(losses.pair_log_probs(model, params, pairs)))
+    same = dataclasses.replace(pairs, reference_BN2=np.asarray(losses.pair_log_probs(model, params, pairs)[0]))
     (value, sums), gradient = with_gradient(losses.preference(model, 2, beta=0.5))(params, same)
     assert float(value) / float(sums.count) == pytest.approx(math.log(2), abs=1e-6)
     for name, expected in {"margin": 0.0, "drift": 0.0, "accuracy": 0.0, "loss": math.log(2)}.items():
@@ -186,6 +186,11 @@ def test_preference_by_hand():
     for name, values in {"loss": cost, "margin": margin, "drift": {e: r[0] for e, r in ratio.items()}}.items():
         np.testing.assert_allclose(sums.parts[name][0], [values[0] + values[2], values[1]], atol=1e-4)
         np.testing.assert_array_equal(sums.parts[name][1], [2, 1])
+    nll = {e: -answer(e, 0) / worked.segments(PAIRS, e)[0].learn_L[1:].sum() for e in places}
+    np.testing.assert_allclose(sums.parts["nll"][0], [nll[0] + nll[2], nll[1]], atol=1e-4)
+    added = losses.preference(worked.Bigram(), 2, beta, sft=0.7)(params, {}, pairs, None)
+    assert float(added.loss) == pytest.approx(sum(cost.values()) + 0.7 * sum(nll.values()), abs=1e-4)
+    np.testing.assert_array_equal(added.parts["loss"][0], sums.parts["loss"][0])
     right = {e: float(m > 0) for e, m in margin.items()}
     np.testing.assert_array_equal(sums.parts["accuracy"][0], [right[0] + right[2], right[1]])
 
