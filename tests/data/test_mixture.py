@@ -91,7 +91,9 @@ def test_what_cannot_be_mixed_is_refused():
         Mixture({"a": 1, "b": -1})
     with pytest.raises(ValueError, match="expected one source or more"):
         Mixture({})
-    with pytest.raises(ValueError, match=r"weights\['a'\] = \(1.0,\): expected one number, or 2, one for each of phases"):
+    with pytest.raises(
+        ValueError, match=r"weights\['a'\] = \(1.0,\): expected one number, or 2, one for each of phases"
+    ):
         Mixture({"a": (1.0,)}, phases=(0.5, 0.5))
     with pytest.raises(ValueError, match="and one at least in every phase"):
         Mixture({"a": (1.0, 0.0)}, phases=(0.5, 0.5))

@@ -127,7 +127,10 @@ def test_log_probabilities_do_not_depend_on_the_chunks(C, held, monkeypatch):
 
 
 def test_gradients_do_not_depend_on_the_chunks(params, monkeypatch):
-    loss, batch = losses.next_token(MultimodalModel(worked.CONFIG), 2), worked.batch([[s for e in range(3) for s in worked.segments(TEXTS, e)]], TEXT)
+    loss, batch = (
+        losses.next_token(MultimodalModel(worked.CONFIG), 2),
+        worked.batch([[s for e in range(3) for s in worked.segments(TEXTS, e)]], TEXT),
+    )
     whole = with_gradient(loss)(params, batch)
     monkeypatch.setattr(losses, "HELD_LOGITS", 0)
     monkeypatch.setattr(losses, "TARGET_CHUNK", 7)
