@@ -112,7 +112,7 @@ def _draw_phases(sizes, mixture: Mixture, means, packing: Packing, rows: int, se
         mean = np.stack([shares[n] * sizes[n].mean(axis=0) for n in names]).sum(axis=0)
         per_row = float(np.min(packing.budgets[mean > 0] / mean[mean > 0]))
         count = int(1.2 * per_row * wanted) + 4 * packing.window
-        units_U2 = draw([len(sizes[n]) for n in names], [shares[n] for n in names], seed, count, begin)
+        units_U2 = draw([len(sizes[n]) for n in names], [shares[n] for n in names], seed, count, begin.tolist())
         made = list(itertools.islice(pack((sizes[names[s]][e] for s, e in units_U2), packing), wanted))
         assert len(made) == wanted, "the draw was too short for the rows"
         packed += [[done + unit for unit in row] for row in made]
