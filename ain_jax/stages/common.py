@@ -136,7 +136,9 @@ class StageRun:
 
     @functools.cached_property
     def model(self) -> MultimodalModel:
-        return MultimodalModel(self.config, remat=self.get(Model).remat)
+        images = self.get(ImageSettings)
+        longest = images.max_pixels // images.patch_size**2
+        return MultimodalModel(self.config, remat=self.get(Model).remat, longest_image=longest)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
