@@ -30,7 +30,7 @@ class Prompt:
     """Token ids, with each picture's placeholder repeated as often as it has features, and all pictures' patches."""
 
     tokens_L: Any
-    patches_PC: np.ndarray | None = None
+    patches_PK: np.ndarray | None = None
     grids: tuple[Grid, ...] = ()
 
 
@@ -63,8 +63,8 @@ def generate(
     _check(prompts, config, max_new_tokens)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    patches = _bucket(max(0 if prompt.patches_PC is None else len(prompt.patches_PC) for prompt in prompts))
-    shapes = [(_bucket(len(prompt.tokens_L)), 0 if prompt.patches_PC is None else patches) for prompt in prompts]
+    patches = _bucket(max(0 if prompt.patches_PK is None else len(prompt.patches_PK) for prompt in prompts))
+    shapes = [(_bucket(len(prompt.tokens_L)), 0 if prompt.patches_PK is None else patches) for prompt in prompts]
     B = min(rows, 1 << (len(prompts) - 1).bit_length())
     stop_Z = jnp.asarray([*stop_ids] + [-1] * (8 - len(stop_ids)), jnp.int32)  # of one size, so as not to compile again
     run = _compiled(config, max_new_tokens, temperature > 0, jnp.dtype(dtype).name)
@@ -171,7 +171,7 @@ def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: i
         assert config.vision is not None
         arrays |= {
             "feature_index_BL": np.full((B, L), -1, np.int32),
-            "patches_BPC": np.zeros((B, P, config.vision.patch_values), np.float32),
+            "patches_BPK": np.zeros((B, P, config.vision.patch_values), np.float32),
             "patch_positions_BP2": np.zeros((B, P, 2), np.int32),
             "patch_segments_BP": np.zeros((B, P), np.int32),
         }
@@ -187,11 +187,11 @@ def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: i
         arrays["next_position_B"][row] = positions_3L.max() + 1
         if prompt.grids:
             is_image_L = tokens_L == config.image_token_id
-            patches = np.asarray(prompt.patches_PC)
+            patches = np.asarray(prompt.patches_PK)
             grid_positions = np.concatenate([patch_positions(grid, merge) for grid in prompt.grids])
             counts = [int(np.prod(grid)) for grid in prompt.grids]
             arrays["feature_index_BL"][row, :length][is_image_L] = np.arange(is_image_L.sum())
-            arrays["patches_BPC"][row, : len(patches)] = patches
+            arrays["patches_BPK"][row, : len(patches)] = patches
             arrays["patch_positions_BP2"][row, : len(patches)] = grid_positions
             arrays["patch_segments_BP"][row, : len(patches)] = np.repeat(np.arange(len(counts)) + 1, counts)
     return arrays
@@ -216,7 +216,7 @@ def _check(prompts: Sequence[Prompt], config: ModelConfig, max_new_tokens: int) 
             )
         if tokens_L.min() < 0 or tokens_L.max() >= config.text.vocabulary:
             faults.append(f"prompt {i} holds ids outside 0 to {config.text.vocabulary - 1}")
-        given = 0 if prompt.patches_PC is None else len(prompt.patches_PC)
+        given = 0 if prompt.patches_PK is None else len(prompt.patches_PK)
         expected = sum(int(np.prod(grid)) for grid in prompt.grids)
         if given != expected or (given and config.vision is None):
             faults.append(f"prompt {i} has {given} patches, but its grids {prompt.grids} have {expected}")
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompt = prompt_with_images([], [path.read_bytes() for path in given.image], settings)
         counts = [feature_count(grid, settings.merge_size) for grid in prompt.grids]
         message = {"role": "user", "content": "<image>" * len(counts) + given.text}
-        prompt = Prompt(encode_prompt(tokenizer, [message], counts), prompt.patches_PC, prompt.grids)
+        prompt = Prompt(encode_prompt(tokenizer, [message], counts), prompt.patches_PK, prompt.grids)
         stop = [] if config.eos_token_id is None else [config.eos_token_id]
         sampling = {"temperature": given.temperature, "seed": given.seed}
         (new,) = generate(params, config, [prompt], given.max_new_tokens, stop, **sampling)

@@ -49,7 +49,7 @@ def test_each_new_token_is_the_likeliest_after_those_before_it(params, greedy):
         return model.apply({"params": p}, model.apply({"params": p}, **arrays), method="logits")
 
     for prompt, new in zip(PROMPTS, greedy, strict=True):
-        whole = Prompt([*prompt.tokens_L, *new], prompt.patches_PC, prompt.grids)
+        whole = Prompt([*prompt.tokens_L, *new], prompt.patches_PK, prompt.grids)
         arrays = rows_of([whole], CONFIG, 1, 64, 64)
         logits_LV = np.asarray(
             logits_of(params, {k: v for k, v in arrays.items() if k not in ("length_B", "next_position_B")})

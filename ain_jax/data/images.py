@@ -108,7 +108,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image | bytes, settings: ImageSettings) -> tuple[np.ndarray, Grid]:
-    """(patches_PC float32, grid): resized, normalised, cut into patches in merge-block order.
+    """(patches_PK float32, grid): resized, normalised, cut into patches in merge-block order.
 
     C holds colour, frame, row, column, the slowest first; the frames of a still picture are equal.
     """

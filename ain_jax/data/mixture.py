@@ -33,21 +33,17 @@ class Mixture:
                     f"weights[{name!r}] = {weight}: expected one number, or {len(self.phases)}, one for each of "
                     f"phases = {self.phases}"
                 )
-        every = range(len(self.phases))
-        bad = [n for n in self.weights if min(self._all(n)) < 0 or not max(self._all(n)) > 0]
-        if bad or not self.weights or not all(any(self._all(n)[p] for n in self.weights) for p in every):
+        table = [self.phase_weights(phase) for phase in range(len(self.phases))]
+        bad = [n for n in self.weights if min(w[n] for w in table) < 0 or not max(w[n] for w in table) > 0]
+        if bad or not self.weights or not all(any(weights.values()) for weights in table):
             raise ValueError(
                 f"weights = {dict(self.weights)}: expected one source or more, each with a share above 0, and one at "
                 "least in every phase"
             )
 
-    def _all(self, name: str) -> tuple[float, ...]:
-        weight = self.weights[name]
-        return weight if isinstance(weight, tuple) else (weight,) * len(self.phases)
-
     def phase_weights(self, phase: int) -> dict[str, float]:
         """The weight of each source in a phase, counted from 0."""
-        return {name: self._all(name)[phase] for name in self.weights}
+        return {name: w[phase] if isinstance(w, tuple) else w for name, w in self.weights.items()}
 
     def phase_rows(self, rows: int) -> list[int]:
         """How many of `rows` rows each phase takes."""

@@ -50,30 +50,30 @@ class MultimodalModel(nn.Module):
         segments_BL,
         positions_3BL,
         feature_index_BL=None,
-        patches_BPC=None,
+        patches_BPK=None,
         patch_positions_BP2=None,
         patch_segments_BP=None,
     ):
         """hidden_BLD after the last norm; conversations packed into one row do not see each other."""
-        x_BLD = self.embed(tokens_BL, feature_index_BL, patches_BPC, patch_positions_BP2, patch_segments_BP)
+        x_BLD = self.embed(tokens_BL, feature_index_BL, patches_BPK, patch_positions_BP2, patch_segments_BP)
         return self.decode(x_BLD, positions_3BL, packed(segments_BL))[0]
 
     def embed(
         self,
         tokens_BL,
         feature_index_BL=None,
-        patches_BPC=None,
+        patches_BPK=None,
         patch_positions_BP2=None,
         patch_segments_BP=None,
     ):
         """x_BLD: each token's row of the embedding, or the image feature that `feature_index_BL` (>= 0) names."""
         x_BLD = self.model.embed(tokens_BL)
-        if patches_BPC is None:
+        if patches_BPK is None:
             return x_BLD
         assert feature_index_BL is not None, "patches without the places of their features"
         if not self.config.vision:
             raise ValueError("patches were given to a model without an image encoder; use a config with vision")
-        features_BMD = self.visual(patches_BPC, patch_positions_BP2, patch_segments_BP)
+        features_BMD = self.visual(patches_BPK, patch_positions_BP2, patch_segments_BP)
         chosen_BLD = jnp.take_along_axis(features_BMD, jnp.maximum(feature_index_BL, 0)[:, :, None], axis=1)
         return jnp.where(feature_index_BL[:, :, None] >= 0, chosen_BLD, x_BLD)
 

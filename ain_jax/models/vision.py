@@ -86,9 +86,9 @@ class PatchEmbedding(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, patches_BPC):
+    def __call__(self, patches_BPK):
         shape, axes = (self.config.patch_values, self.config.width), ("patch", "vision_embed")
-        return Einsum("BPC,CE->BPE", shape, axes, dtype=self.dtype, name="proj")(patches_BPC)
+        return Einsum("BPK,KE->BPE", shape, axes, dtype=self.dtype, name="proj")(patches_BPK)
 
 
 class Merger(nn.Module):
@@ -131,10 +131,10 @@ class VisionTower(nn.Module):
     longest_image: int | None = None  # patches; a promise that makes attention quicker, see `attention`
 
     @nn.compact
-    def __call__(self, patches_BPC, patch_positions_BP2, patch_segments_BP):
+    def __call__(self, patches_BPK, patch_positions_BP2, patch_segments_BP):
         c = self.config
-        _check(patches_BPC.shape, c)
-        x_BPE = PatchEmbedding(c, self.dtype, name="patch_embed")(patches_BPC)
+        _check(patches_BPK.shape, c)
+        x_BPE = PatchEmbedding(c, self.dtype, name="patch_embed")(patches_BPK)
         rotary = vision_rotary(patch_positions_BP2, c.head_width)
         blocks = nn.scan(
             rematerialised(VisionBlock, self.remat),
@@ -149,10 +149,10 @@ class VisionTower(nn.Module):
 
 
 def _check(shape: tuple[int, ...], c: VisionConfig) -> None:
-    _B, P, C = shape
-    if c.patch_values != C:
+    _B, P, K = shape
+    if c.patch_values != K:
         raise ValueError(
-            f"patches of {C} values, but the tower reads {c.patch_values} = {c.channels} channels x "
+            f"patches of {K} values, but the tower reads {c.patch_values} = {c.channels} channels x "
             f"{c.temporal_patch_size} frames x {c.patch_size} x {c.patch_size} pixels; use this model's image settings"
         )
     if P % c.merge_size**2:

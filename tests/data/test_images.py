@@ -48,9 +48,9 @@ def test_placeholders_are_counted_without_decoding_and_equal_the_features():
 def test_a_patch_holds_colour_frame_row_column():
     pixels = np.arange(8 * 16 * 3, dtype=np.uint8).reshape(8, 16, 3)
     settings = ImageSettings(patch_size=4, min_pixels=64, max_pixels=1024, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    patches_PC, grid = preprocess(Image.fromarray(pixels), settings)
+    patches_PK, grid = preprocess(Image.fromarray(pixels), settings)
     assert grid == (1, 2, 4)
-    patches = np.rint(patches_PC.reshape(8, 3, 2, 4, 4) * 255).astype(np.uint8)
+    patches = np.rint(patches_PK.reshape(8, 3, 2, 4, 4) * 255).astype(np.uint8)
     # patch 5 is the second of the second merge block: row 0, column 3
     expected = pixels[0:4, 12:16].transpose(2, 0, 1)
     assert np.array_equal(patches[5, :, 0], expected) and np.array_equal(patches[5, :, 1], expected)

@@ -48,7 +48,7 @@ def packed_row(L=48, P=64):
         "segments_BL": np.zeros((1, L), np.int32),
         "positions_3BL": np.zeros((3, 1, L), np.int32),
         "feature_index_BL": np.full((1, L), -1, np.int32),
-        "patches_BPC": np.zeros((1, P, CONFIG.vision.patch_values), np.float32),
+        "patches_BPK": np.zeros((1, P, CONFIG.vision.patch_values), np.float32),
         "patch_positions_BP2": np.zeros((1, P, 2), np.int32),
         "patch_segments_BP": np.zeros((1, P), np.int32),
     }
@@ -66,7 +66,7 @@ def packed_row(L=48, P=64):
         for grid in grids:
             count, picture = int(np.prod(grid)), picture + 1
             there = slice(patch, patch + count)
-            arrays["patches_BPC"][0, there] = patches[done : done + count]
+            arrays["patches_BPK"][0, there] = patches[done : done + count]
             arrays["patch_positions_BP2"][0, there] = patch_positions(grid)
             arrays["patch_segments_BP"][0, there] = picture
             patch, done = patch + count, done + count
@@ -172,8 +172,8 @@ def test_wrong_patches_are_refused(params):
         ValueError, match=r"patches of 95 values, but the tower reads 96 = 3 channels x 2 frames x 4 x 4"
     ):
         MultimodalModel(CONFIG).apply(
-            {"params": params}, **(arrays | {"patches_BPC": arrays["patches_BPC"][:, :, :95]})
+            {"params": params}, **(arrays | {"patches_BPK": arrays["patches_BPK"][:, :, :95]})
         )
-    fewer = {name: arrays[name][:, :63] for name in ("patches_BPC", "patch_positions_BP2", "patch_segments_BP")}
+    fewer = {name: arrays[name][:, :63] for name in ("patches_BPK", "patch_positions_BP2", "patch_segments_BP")}
     with pytest.raises(ValueError, match="63 patches per row cannot be merged 2 x 2"):
         MultimodalModel(CONFIG).apply({"params": params}, **(arrays | fewer))

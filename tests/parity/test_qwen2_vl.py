@@ -100,7 +100,7 @@ def pack(config, given):
         return np.concatenate([np.take(array, range(size), axis) for array, size in present], axis)
 
     text = ("tokens_BL", "segments_BL", "feature_index_BL")
-    vision = ("patches_BPC", "patch_positions_BP2", "patch_segments_BP")
+    vision = ("patches_BPK", "patch_positions_BP2", "patch_segments_BP")
     joined = {name: join(name, 1, lengths) for name in text} | {name: join(name, 1, counts) for name in vision}
     joined["positions_3BL"] = join("positions_3BL", 2, lengths)
     edges = np.concatenate([[0], np.cumsum(lengths)])

@@ -113,15 +113,13 @@ def held_out(params: SampleParams) -> HeldOut:
     for table in ("handbook", "udhr"):
         sizes = Counter(row["document"] for row in sample.rows(table))
         names = sorted(sizes)
-        for i in generator(params, f"held out/{table}").permutation(
-            len(names)
-        ):  # until the share of the rows is reached
+        # Until the share of the rows is reached.
+        for i in generator(params, f"held out/{table}").permutation(len(names)):
             if sum(sizes[n] for t, n in documents if t == table) < params.held_out_share * sizes.total():
                 documents.add((table, names[i]))
     count = max(1, round(len(sample.rows("dialect")) * params.held_out_share))
-    documents |= {
-        ("dialect", row["id"]) for row in sample.rows("dialect")[-count:]
-    }  # neighbours resemble each other: one block
+    # Neighbours resemble each other: one block.
+    documents |= {("dialect", row["id"]) for row in sample.rows("dialect")[-count:]}
     flagged = {row["id"].upper() for row in sample.rows("flags")}  # their names are learnt from the flags
     terms = [
         (r["kind"], r["code"])
@@ -279,14 +277,14 @@ def letter(params: SampleParams, split: str) -> Iterator[Record]:
 def part(params: SampleParams, split: str) -> Iterator[Record]:
     """Two or three neighbouring letters of a word to read; never a whole word that is held out."""
     hidden = held_out(params)
-    words = [word for word in hidden.train_words if len(word) > 2]
+    words, hidden_words = [word for word in hidden.train_words if len(word) > 2], frozenset(hidden.words)
     for index in range(params.part_pictures):
         rng = generator(params, f"part/{split}", index)
         while True:
             word, length = _pick(words, rng), int(rng.integers(2, 4))
             begin = int(rng.integers(len(word) - length + 1))
             letters = word[begin : begin + length]
-            if letters not in hidden.words:
+            if letters not in hidden_words:
                 break
         yield _reading(params, f"part/{split}/{index}", [letters], rng)
 
