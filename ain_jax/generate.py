@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ain_jax.data.images import ImageSettings, image_settings, preprocess
-from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions
+from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions, visual_tokens
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ModelConfig
 from ain_jax.models.multimodal import MultimodalModel
@@ -27,11 +27,12 @@ from ain_jax.models.multimodal import MultimodalModel
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, with each picture's placeholder repeated as often as it has features, and all pictures' patches."""
+    """Token ids, the placeholder of each picture or video repeated as often as it has features, and all patches."""
 
     tokens_L: Any
     patches_PK: np.ndarray | None = None
     grids: tuple[Grid, ...] = ()
+    seconds: tuple[float, ...] | None = None  # between two patches in time, of each grid; Qwen2.5-VL alone reads them
 
 
 def prompt_with_images(tokens_L: Sequence[int], images: Iterable[Any], settings: ImageSettings) -> Prompt:
@@ -103,8 +104,8 @@ def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arra
     T = max_new_tokens
     keys_B = jax.vmap(partial(jax.random.fold_in, key))(place_B)
 
-    def read(q_BLNH, k_BLKH, v_BLKH, _):
-        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, causal=True), (k_BLKH, v_BLKH)
+    def read(q_BLNH, k_BLKH, v_BLKH, _, **rules):
+        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, causal=True, **rules), (k_BLKH, v_BLKH)
 
     def choose(hidden_BD, step):
         logits_BV: Any = apply(hidden_BD, method="logits")
@@ -122,6 +123,7 @@ def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arra
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T), (0, 0), (0, 0))), cache)
     prompt_BS = jnp.pad(segments_BL, ((0, 0), (0, T)))
     slots_S = jnp.arange(L + T, dtype=jnp.int32)
+    index_BS = jnp.where(slots_S[None] < L, slots_S[None], slots_S[None] - L + length_B[:, None])  # in its own text
     one_B1 = jnp.ones((B, 1), jnp.int32)
 
     def write(cache_BSKH, new_B1KH, slot):
@@ -138,9 +140,12 @@ def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arra
         slot = L + step
         key_segments_BS = jnp.where(((slots_S >= L) & (slots_S <= slot))[None], 1, prompt_BS)
 
-        def attend(q_B1NH, k_B1KH, v_B1KH, memory):
+        def attend(q_B1NH, k_B1KH, v_B1KH, memory, window=None, **rules):
             k_BSKH, v_BSKH = (write(old, new, slot) for old, new in zip(memory, (k_B1KH, v_B1KH), strict=True))
-            return attention(q_B1NH, k_BSKH, v_BSKH, one_B1, key_segments_BS, causal=False), (k_B1KH, v_B1KH)
+            seen_BS = key_segments_BS
+            if window is not None:
+                seen_BS = jnp.where((length_B + step)[:, None] - index_BS < window, seen_BS, 0)
+            return attention(q_B1NH, k_BSKH, v_BSKH, one_B1, seen_BS, causal=False, **rules), (k_B1KH, v_B1KH)
 
         position_3B1 = jnp.broadcast_to((next_position_B + step)[None, :, None], (3, B, 1))
         x_B1D = apply(token_B[:, None], method="embed")
@@ -178,7 +183,7 @@ def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: i
     merge = config.vision.merge_size if config.vision else 1
     for row, prompt in enumerate(prompts):
         tokens_L = np.asarray(prompt.tokens_L, np.int32)
-        positions_3L = mrope_positions(tokens_L, prompt.grids, config.image_token_id, merge)
+        positions_3L = prompt_positions(prompt, config)
         length = len(tokens_L)
         arrays["tokens_BL"][row, :length] = tokens_L
         arrays["segments_BL"][row, :length] = 1
@@ -186,15 +191,29 @@ def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: i
         arrays["length_B"][row] = length
         arrays["next_position_B"][row] = positions_3L.max() + 1
         if prompt.grids:
-            is_image_L = tokens_L == config.image_token_id
+            is_image_L = visual_tokens(tokens_L, config.image_token_id, config.video_token_id)
             patches = np.asarray(prompt.patches_PK)
             grid_positions = np.concatenate([patch_positions(grid, merge) for grid in prompt.grids])
-            counts = [int(np.prod(grid)) for grid in prompt.grids]
+            # Patches see their own frame.
+            counts = [rows * columns for frames, rows, columns in prompt.grids for _ in range(frames)]
             arrays["feature_index_BL"][row, :length][is_image_L] = np.arange(is_image_L.sum())
             arrays["patches_BPK"][row, : len(patches)] = patches
             arrays["patch_positions_BP2"][row, : len(patches)] = grid_positions
             arrays["patch_segments_BP"][row, : len(patches)] = np.repeat(np.arange(len(counts)) + 1, counts)
     return arrays
+
+
+def prompt_positions(prompt: Prompt, config: ModelConfig) -> np.ndarray:
+    """positions_3L of a prompt, as its model counts them."""
+    tokens_L = np.asarray(prompt.tokens_L, np.int32)
+    if config.vision is None:
+        return np.tile(np.arange(len(tokens_L), dtype=np.int32), (3, 1))
+    intervals = None
+    if rate := config.vision.tokens_per_second:
+        seconds = prompt.seconds or (1.0,) * len(prompt.grids)
+        intervals = [rate * s if grid[0] > 1 else 1.0 for s, grid in zip(seconds, prompt.grids, strict=True)]
+    ids = {"image_token_id": config.image_token_id, "video_token_id": config.video_token_id}
+    return mrope_positions(tokens_L, prompt.grids, merge_size=config.vision.merge_size, intervals=intervals, **ids)
 
 
 def _bucket(count: int) -> int:
@@ -245,9 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         counts = [feature_count(grid, settings.merge_size) for grid in prompt.grids]
         message = {"role": "user", "content": "<image>" * len(counts) + given.text}
         prompt = Prompt(encode_prompt(tokenizer, [message], counts), prompt.patches_PK, prompt.grids)
-        stop = [] if config.eos_token_id is None else [config.eos_token_id]
         sampling = {"temperature": given.temperature, "seed": given.seed}
-        (new,) = generate(params, config, [prompt], given.max_new_tokens, stop, **sampling)
+        (new,) = generate(params, config, [prompt], given.max_new_tokens, config.stop_ids, **sampling)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     print(tokenizer.decode(new, skip_special_tokens=True))

@@ -13,6 +13,12 @@ def feature_count(grid: Grid, merge_size: int = 2) -> int:
     return frames * (rows // merge_size) * (columns // merge_size)
 
 
+def visual_tokens(tokens_L: np.ndarray, image_token_id: int | None, video_token_id: int | None = None) -> np.ndarray:
+    """True where a feature of a picture or of a video stands."""
+    ids = [token for token in (image_token_id, video_token_id) if token is not None]
+    return np.isin(tokens_L, ids)
+
+
 def patch_positions(grid: Grid, merge_size: int = 2) -> np.ndarray:
     """positions_P2: row and column of each patch, in the order of the patches: merge block by merge block.
 
@@ -26,22 +32,33 @@ def patch_positions(grid: Grid, merge_size: int = 2) -> np.ndarray:
     return np.tile(positions_P2, (frames, 1))
 
 
-def mrope_positions(tokens_L, grids: Sequence[Grid], image_token_id: int, merge_size: int = 2) -> np.ndarray:
+def mrope_positions(
+    tokens_L,
+    grids: Sequence[Grid],
+    image_token_id: int | None,
+    merge_size: int = 2,
+    video_token_id: int | None = None,
+    intervals: Sequence[float] | None = None,
+) -> np.ndarray:
     """positions_3L: time, height and width of each token of one conversation, as Qwen2-VL counts them.
 
     Text counts on by one in all three. A picture starts where the text before it ends, stands still in time, and
-    runs over its merged rows and columns; the text after it goes on behind the largest of these. With a picture of
-    grid (1, 4, 6), that is 2 x 3 merged features, marked o:
+    runs over its merged rows and columns; the text after it goes on behind the largest of these. A video besides counts
+    its frames in time, by `intervals` (one for each grid, 1 where none are given; Qwen2.5-VL: tokens_per_second times
+    the seconds between two patches in time). With a picture of grid (1, 4, 6), that is 2 x 3 merged features, marked o:
 
     tokens  a b o o o o o o c d
     time    0 1 2 2 2 2 2 2 5 6
     height  0 1 2 2 2 3 3 3 5 6
     width   0 1 2 3 4 2 3 4 5 6
 
-    Raises ValueError where the runs of image tokens are not those of the grids, in their order.
+    Behind a video of more steps in time than rows or columns transformers 5 lets the text begin earlier, inside the
+    video's time; the published models were trained as written here.
+
+    Raises ValueError where the runs of image and video tokens are not those of the grids, in their order.
     """
     tokens_L = np.asarray(tokens_L)
-    is_image_L = tokens_L == image_token_id
+    is_image_L = visual_tokens(tokens_L, image_token_id, video_token_id)
     edges = np.diff(np.concatenate(([0], is_image_L.astype(np.int8), [0])))
     starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     found = (stops - starts).tolist()
@@ -53,11 +70,14 @@ def mrope_positions(tokens_L, grids: Sequence[Grid], image_token_id: int, merge_
         )
     positions_3L = np.empty((3, len(tokens_L)), np.int32)
     done = after = 0  # tokens placed, and the position of the next text token
-    for start, stop, (frames, rows, columns) in zip(starts, stops, grids, strict=True):
+    each = intervals if intervals is not None else [1.0] * len(grids)
+    for start, stop, (frames, rows, columns), interval in zip(starts, stops, grids, each, strict=True):
         positions_3L[:, done:start] = after + np.arange(start - done)
         after += start - done
         merged = (frames, rows // merge_size, columns // merge_size)
-        positions_3L[:, start:stop] = after + np.indices(merged).reshape(3, -1)
-        done, after = stop, after + max(merged[1:])
+        own_3M = np.indices(merged).reshape(3, -1)
+        own_3M[0] = (own_3M[0] * interval).astype(int)
+        positions_3L[:, start:stop] = after + own_3M
+        done, after = stop, after + int(own_3M.max()) + 1
     positions_3L[:, done:] = after + np.arange(len(tokens_L) - done)
     return positions_3L

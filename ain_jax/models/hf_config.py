@@ -1,186 +1,452 @@
-"""`config.json` of Qwen2-VL to our settings and back, from one list of attribute names read in both directions."""
+"""`config.json` of every family to our settings and back: attribute names, defaults and refusals as data.
+
+A family lists each published attribute with the value that the published code assumes where it is absent; an attribute
+that neither a list nor SILENT holds is refused by name, since an ignored one is a model that is slightly wrong.
+"""
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-# published attribute, our field
-TEXT = (
-    ("vocab_size", "vocabulary"),
-    ("hidden_size", "width"),
-    ("intermediate_size", "mlp_width"),
-    ("num_hidden_layers", "layers"),
-    ("num_attention_heads", "heads"),
-    ("num_key_value_heads", "kv_heads"),
-    ("rms_norm_eps", "norm_eps"),
-    ("max_position_embeddings", "max_positions"),
-    ("tie_word_embeddings", "tied"),
-)
-VISION = (
-    ("embed_dim", "width"),
-    ("depth", "layers"),
-    ("num_heads", "heads"),
-    ("patch_size", "patch_size"),
-    ("temporal_patch_size", "temporal_patch_size"),
-    ("spatial_merge_size", "merge_size"),
-    ("in_channels", "channels"),
-)
-IDS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
-# What the published code assumes where config.json is silent.
-TEXT_DEFAULTS = {
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
+from ain_jax.experiment import nearest
+
+# published attribute -> our field
+TEXT = {
+    "vocab_size": "vocabulary",
+    "hidden_size": "width",
+    "intermediate_size": "mlp_width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_width",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_positions",
+    "tie_word_embeddings": "tied",
+    "hidden_act": "activation",
+    "hidden_activation": "activation",
+    "mlp_bias": "mlp_bias",
+    "query_pre_attn_scalar": "query_scale",
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logit_softcap",
 }
-VISION_DEFAULTS = {
-    "embed_dim": 1280,
-    "depth": 32,
-    "num_heads": 16,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "in_channels": 3,
-    "mlp_ratio": 4,
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+QWEN2_VISION = {
+    "embed_dim": "width",
+    "depth": "layers",
+    "num_heads": "heads",
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "spatial_merge_size": "merge_size",
+    "in_channels": "channels",
 }
-ROPE_THETA = 1_000_000.0
-MROPE_SECTION = (16, 24, 24)
-# Attributes that would change the model: we do one value of each.
-ONLY = {
-    "model_type": ("qwen2_vl", "qwen2_vl_text"),
-    "hidden_act": ("silu",),
-    "attention_dropout": (0.0, 0, None),
-    "use_sliding_window": (False, None),
+QWEN2_5_VISION = {
+    "hidden_size": "width",
+    **{name: ours for name, ours in QWEN2_VISION.items() if name != "embed_dim"},
+    "intermediate_size": "mlp_width",
+    "window_size": "window",
+    "fullatt_block_indexes": "full_layers",
+    "tokens_per_second": "tokens_per_second",
 }
-ONLY_VISION = {
-    "model_type": ("qwen2_vl", "qwen2_vl_vision"),
-    "hidden_act": ("quick_gelu",),
-    "rope_parameters": ({"rope_type": "axial", "rope_theta": 10000.0}, None),
-}
-# Attributes that change no number of the forward pass (a sliding window counts only with use_sliding_window).
+# Attributes that change no number of the forward pass, or that are read apart.
 SILENT = {
-    *("architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
+    *("architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "model_type"),
     *("_name_or_path", "_attn_implementation_autoset", "output_hidden_states", "output_attentions", "return_dict"),
-    *("sliding_window", "max_window_layers", "layer_types", "vision_token_id"),
-    *("vision_config", "text_config", "rope_theta", "rope_scaling", "rope_parameters"),  # read apart
+    *("rope_theta", "rope_scaling", "rope_parameters", "pretraining_tp", "auto_map", "cache_implementation"),
+    *("vision_config", "text_config", "vision_token_id", "chunk_size_feed_forward", "problem_type", "id2label"),
+    *("label2id", "is_encoder_decoder"),
 }
 SILENT_VISION = {
-    *("hidden_size", "mlp_ratio", "in_chans"),  # read apart
-    *("initializer_range", "spatial_patch_size", "torch_dtype", "dtype"),
+    *("model_type", "mlp_ratio", "in_chans", "initializer_range", "spatial_patch_size", "torch_dtype", "dtype"),
+    *("rope_parameters", "transformers_version", "_attn_implementation_autoset", "output_hidden_states"),
+    *("output_attentions", "return_dict", "chunk_size_feed_forward", "problem_type", "id2label", "label2id"),
+    *("is_encoder_decoder", "architectures", "_name_or_path"),
+}
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+NO_ROPE = ("default", "mrope")  # kinds that stretch nothing
+
+
+@dataclass(frozen=True)
+class Family:
+    """One published architecture."""
+
+    architecture: str  # the class in `architectures`
+    text: Mapping[str, Any]  # attribute -> what is assumed where it is absent
+    theta: float = 10_000.0
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # our settings that all its models share
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # attributes of which we do these values
+    windows: str = ""  # how windows are told: "all", "after", "alternating", "pattern"
+    ids: Mapping[str, int | None] = field(default_factory=dict)
+    vision: Mapping[str, str] | None = None
+    vision_defaults: Mapping[str, Any] = field(default_factory=dict)
+    vision_only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+def _sizes(vocabulary, width, mlp_width, layers, heads, kv_heads, positions, eps=1e-6, tied=False) -> dict[str, Any]:
+    values = (vocabulary, width, mlp_width, layers, heads, kv_heads, positions, eps, tied)
+    names = (*list(TEXT)[:6], "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    return dict(zip(names, values, strict=True))
+
+
+NO_DROPOUT = {"attention_dropout": (0.0, None)}
+CAUSAL = {"use_bidirectional_attention": (None, False)}
+GEMMA = {"norm_plus_one": True, "scale_embedding": True, "qkv_bias": False}
+QWEN2_IDS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "pad_token_id": None,
+}
+GEMMA_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+AXIAL = ({"rope_type": "axial", "rope_theta": 10000.0}, None)
+
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        _sizes(32000, 4096, 11008, 32, 32, None, 2048)
+        | {"hidden_act": "silu", "head_dim": None, "mlp_bias": False, "attention_bias": False},
+        only=NO_DROPOUT,
+        ids=LLAMA_IDS,
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        _sizes(32000, 4096, 14336, 32, 32, 8, 131072) | {"hidden_act": "silu", "head_dim": None},
+        fixed={"qkv_bias": False},
+        only=NO_DROPOUT,
+        windows="all",
+        ids=LLAMA_IDS,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        _sizes(151936, 4096, 22016, 32, 32, 32, 32768) | {"hidden_act": "silu"},
+        only=NO_DROPOUT,
+        windows="after",
+        ids=dict.fromkeys(IDS),
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _sizes(256000, 3072, 24576, 28, 16, 16, 8192, tied=True)
+        | {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "attention_bias": False},
+        fixed=GEMMA,
+        only=NO_DROPOUT | CAUSAL | {"hidden_activation": (None, "gelu_pytorch_tanh")},
+        ids=GEMMA_IDS,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _sizes(256000, 2304, 9216, 26, 8, 4, 8192, tied=True)
+        | {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "attention_bias": False}
+        | {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        fixed=GEMMA | {"sandwich_norms": True},
+        only=NO_DROPOUT | CAUSAL | {"hidden_act": (None, "gelu_pytorch_tanh")},
+        windows="alternating",
+        ids=GEMMA_IDS,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _sizes(262208, 2304, 9216, 26, 8, 4, 131072, tied=True)
+        | {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "attention_bias": False}
+        | {"query_pre_attn_scalar": 256, "final_logit_softcapping": None},
+        theta=1_000_000.0,
+        fixed=GEMMA | {"sandwich_norms": True, "qk_norm": True},
+        # The published code has a setting for capped scores and does not apply it.
+        only=NO_DROPOUT | CAUSAL | {"attn_logit_softcapping": (None,)},
+        windows="pattern",
+        ids=GEMMA_IDS,
+    ),
+    "qwen2_vl": Family(
+        "Qwen2VLForConditionalGeneration",
+        _sizes(152064, 8192, 29568, 80, 64, 8, 32768, 1e-5) | {"hidden_act": "silu"},
+        theta=1_000_000.0,
+        only=NO_DROPOUT | {"use_sliding_window": (False, None)},
+        ids=QWEN2_IDS,
+        vision=QWEN2_VISION,
+        vision_defaults=dict(zip(QWEN2_VISION, (1280, 32, 16, 14, 2, 2, 3), strict=True)) | {"mlp_ratio": 4},
+        vision_only={"hidden_act": ("quick_gelu",), "rope_parameters": AXIAL},
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLForConditionalGeneration",
+        _sizes(152064, 8192, 29568, 80, 64, 8, 32768, 1e-5) | {"hidden_act": "silu"},
+        theta=1_000_000.0,
+        only=NO_DROPOUT | {"use_sliding_window": (False, None)},
+        ids=QWEN2_IDS,
+        vision=QWEN2_5_VISION,
+        vision_defaults=dict(
+            zip(QWEN2_5_VISION, (3584, 32, 16, 14, 2, 2, 3, 3420, 112, (7, 15, 23, 31), 4), strict=True)
+        ),
+        vision_only={"hidden_act": ("silu",), "rope_parameters": AXIAL},
+    ),
+}
+MROPE_SECTION = (16, 24, 24)
+
+
+def read(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `ModelConfig`, its text and vision as dicts, from the flat layout or that of transformers 5."""
+    name = attributes.get("model_type")
+    if name not in FAMILIES:
+        raise ValueError(f"config.json has model_type={name!r}: {nearest(str(name), list(FAMILIES))}")
+    family = FAMILIES[name]
+    inner = attributes.get("text_config") or {}
+    flat = attributes | inner
+    # In the nested layout the outer value counts for the head; the inner one is a default that says nothing.
+    tied = [a["tie_word_embeddings"] for a in (attributes, inner) if "tie_word_embeddings" in a]
+    flat["tie_word_embeddings"] = any(tied) if tied else family.text["tie_word_embeddings"]
+    known = {*family.text, *IDS, *_window_names(family), *_rope_names(family)}
+    known |= set(VISION_IDS) if family.vision else set()
+    faults = _faults(flat, family.only, known | SILENT, "")
+    if inner.get("model_type", name) not in (name, f"{name}_text"):
+        faults.append(f"text_config.model_type={inner['model_type']!r}; expected {name}_text")
+
+    given = dict(family.text) | {k: v for k, v in flat.items() if k in family.text}
+    text = {TEXT[k]: v for k, v in given.items() if k in TEXT} | dict(family.fixed)
+    if text["activation"] in ACTIVATIONS:
+        text["activation"] = ACTIVATIONS[text["activation"]]
+    else:
+        faults.append(f"activation {text['activation']!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if "attention_bias" in given:
+        text |= {"qkv_bias": bool(given["attention_bias"]), "o_bias": bool(given["attention_bias"])}
+    text["kv_heads"] = text["heads"] if text["kv_heads"] is None else text["kv_heads"]
+    if text.get("head_width") is None:
+        text["head_width"], remainder = divmod(text["width"], text["heads"])
+        if remainder:
+            faults.append(f"hidden_size={text['width']} is no multiple of num_attention_heads={text['heads']}")
+    text["windows"] = _windows(family, flat, text["layers"], faults)
+    text |= _rope(family, flat, text, faults)
+    vision = _vision(family, attributes.get("vision_config") or {}, text, faults) if family.vision else None
+    if faults:
+        raise ValueError(f"config.json describes a {name} that ain_jax does not build: " + "; ".join(faults))
+    ids = {k: flat.get(k, default) for k, default in family.ids.items()}
+    return {"family": name, "text": text, "vision": vision, **ids}
+
+
+def _vision(family: Family, given: dict[str, Any], text: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    assert family.vision is not None
+    gated = "window_size" in family.vision
+    given = dict(given)
+    if "in_chans" in given:
+        given.setdefault("in_channels", given["in_chans"])
+    out = "out_hidden_size" if gated else "hidden_size"  # the width of what the tower gives
+    faults += _faults(given, family.vision_only, {*family.vision, *SILENT_VISION, out}, "vision_config.")
+    if given.get(out, text["width"]) != text["width"]:
+        faults.append(f"vision_config.{out}={given[out]}, expected hidden_size={text['width']}")
+    values = dict(family.vision_defaults) | given
+    vision = {ours: values[theirs] for theirs, ours in family.vision.items()}
+    if gated:
+        return vision | {"gated": True}
+    return vision | {"mlp_width": int(vision["width"] * values["mlp_ratio"])}
+
+
+def _window_names(family: Family) -> set[str]:
+    names = {"layer_types"}
+    if family.windows:
+        names |= {"sliding_window"}
+    if family.windows == "after" or family.vision:
+        names |= {"use_sliding_window", "max_window_layers", "sliding_window"}
+    if family.windows == "pattern":
+        names |= {"sliding_window_pattern", "_sliding_window_pattern"}
+    return names
+
+
+def _rope_names(family: Family) -> set[str]:
+    return {"rope_local_base_freq"} if family.windows == "pattern" else set()
+
+
+def _windows(family: Family, flat: dict[str, Any], layers: int, faults: list[str]) -> tuple[int, ...]:
+    """The window of each layer, 0 for none; by `layer_types` where that is given, else by the family's own rule."""
+    if not family.windows or (family.windows == "after" and not flat.get("use_sliding_window", False)):
+        windowed = [kind for kind in flat.get("layer_types") or () if kind != "full_attention"]
+        if windowed:
+            faults.append(f"layer_types hold {windowed[0]!r}; expected full_attention alone")
+        return (0,)
+    window = flat.get("sliding_window", 4096) or 0
+    kinds = flat.get("layer_types")
+    if kinds is None:
+        return tuple(window if windowed else 0 for windowed in _rule(family, flat, layers))
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown or len(kinds) != layers:
+        faults.append(f"layer_types={kinds}; expected {layers} of full_attention and sliding_attention")
+        return (0,)
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _rule(family: Family, flat: Mapping[str, Any], layers: int) -> list[bool]:
+    """Which layers have windows where `layer_types` is silent, as transformers 4 has it."""
+    every = flat.get("sliding_window_pattern") or flat.get("_sliding_window_pattern") or 6
+    rules = {
+        "all": lambda i: True,
+        "after": lambda i: i >= flat.get("max_window_layers", 28),
+        "alternating": lambda i: i % 2 == 0,
+        "pattern": lambda i: bool((i + 1) % every),
+    }
+    return [rules[family.windows](i) for i in range(layers)]
+
+
+def _rope(family: Family, flat: dict[str, Any], text: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    """theta, scaling and sections from either spelling: rope_theta with rope_scaling, or rope_parameters."""
+    new = flat.get("rope_parameters") or {}
+    local = {}
+    if family.windows == "pattern" and "full_attention" in new:
+        local, new = new.get("sliding_attention") or {}, new["full_attention"]
+    rope = new | (flat.get("rope_scaling") or {})
+    theta = float(rope.get("rope_theta") or flat.get("rope_theta") or family.theta)
+    settings: dict[str, Any] = {"rope_theta": theta, "rope_scaling": _scaling(rope, text["max_positions"], faults)}
+    if family.vision:
+        settings["mrope_section"] = tuple(rope.get("mrope_section", MROPE_SECTION))
+    elif "mrope_section" in rope:
+        faults.append(
+            f"rope setting mrope_section={rope['mrope_section']!r}, but {family.architecture} reads text alone"
+        )
+    if family.windows == "pattern":
+        if local.get("rope_type", "default") not in NO_ROPE:
+            faults.append(f"windowed layers with rope_type={local['rope_type']!r}; expected default")
+        base = float(local.get("rope_theta") or flat.get("rope_local_base_freq") or 10_000.0)
+        settings["window_theta"] = base if any(text["windows"]) else None
+    return settings
+
+
+# our field -> its name in a rope setting, by kind
+SCALINGS = {
+    "linear": {"factor": "factor"},
+    "dynamic": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_positions": "original_max_position_embeddings",
+        "low": "low_freq_factor",
+        "high": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_positions": "original_max_position_embeddings",
+        "low": "beta_slow",
+        "high": "beta_fast",
+        "attention_factor": "attention_factor",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+        "truncate": "truncate",
+    },
 }
 
 
-def read(attributes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(text, vision, ids): keyword arguments of our configs, from the flat layout or that of transformers 5."""
-    flat = attributes | (attributes.get("text_config") or {})
-    # In the nested layout the outer value counts for the head; the inner one is a default that says nothing.
-    flat["tie_word_embeddings"] = any(
-        (a or {}).get("tie_word_embeddings", False) for a in (attributes, attributes.get("text_config"))
-    )
-    vision = dict(attributes.get("vision_config") or {})
-    vision.setdefault("in_channels", vision.get("in_chans", 3))
-    faults = _faults(flat, ONLY, {name for name, _ in TEXT} | set(IDS) | SILENT, "")
-    faults += _faults(vision, ONLY_VISION, {name for name, _ in VISION} | SILENT_VISION, "vision_config.")
-
-    text = {ours: (TEXT_DEFAULTS | flat)[theirs] for theirs, ours in TEXT}
-    head_width, remainder = divmod(text["width"], text["heads"])
-    if remainder:
-        faults.append(f"hidden_size={text['width']} is no multiple of num_attention_heads={text['heads']}")
-    theta, section, rope_faults = _rope(flat)
-    text |= {"head_width": head_width, "rope_theta": theta, "mrope_section": section, "qkv_bias": True}
-    if vision.get("hidden_size", text["width"]) != text["width"]:
-        faults.append(f"vision_config.hidden_size={vision['hidden_size']}, expected hidden_size={text['width']}")
-    faults += rope_faults
-    if faults:
-        raise ValueError("config.json describes a model that ain_jax does not build: " + "; ".join(faults))
-
-    vision = VISION_DEFAULTS | vision
-    towers = {ours: vision[theirs] for theirs, ours in VISION}
-    towers["mlp_width"] = int(towers["width"] * vision["mlp_ratio"])
-    return text, towers, {name: flat[name] for name in IDS if name in flat}
-
-
-def _rope(flat: dict[str, Any]) -> tuple[float, tuple[int, ...], list[str]]:
-    """theta and sections from either spelling: rope_theta with rope_scaling, or rope_parameters."""
-    rope = flat.get("rope_scaling") or flat.get("rope_parameters") or {}
-    theta = flat.get("rope_theta", (flat.get("rope_parameters") or {}).get("rope_theta", ROPE_THETA))
-    theta = rope.get("rope_theta", theta)
-    kinds = {rope[key] for key in ("type", "rope_type") if key in rope}
-    faults = [
-        f"rotary positions of type {kind!r}; expected 'mrope' or 'default'" for kind in kinds - {"mrope", "default"}
-    ]
-    unknown = rope.keys() - {"type", "rope_type", "mrope_section", "rope_theta"}
+def _scaling(rope: Mapping[str, Any], max_positions: int, faults: list[str]) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in SCALINGS and kind not in NO_ROPE:
+        faults.append(f"rotary positions of type {kind!r}; expected one of {', '.join([*NO_ROPE, *SCALINGS])}")
+        return None
+    names = SCALINGS.get(kind, {})
+    unknown = rope.keys() - {"type", "rope_type", "mrope_section", "rope_theta"} - set(names.values())
+    if kind in ("linear", "dynamic"):
+        unknown -= {"original_max_position_embeddings"}
     faults += [f"rope setting {key}={rope[key]!r} is not handled" for key in sorted(unknown)]
-    return float(theta), tuple(rope.get("mrope_section", MROPE_SECTION)), faults
+    if kind in NO_ROPE:
+        return None
+    if "factor" not in rope:
+        faults.append(f"rope setting factor is missing, which {kind} needs")
+        return None
+    defaults = {"yarn": {"low": 1.0, "high": 32.0}}.get(kind, {})
+    found = {ours: rope[theirs] for ours, theirs in names.items() if rope.get(theirs) is not None}
+    if kind != "linear":
+        found.setdefault("original_positions", max_positions)
+    return {"kind": kind} | defaults | found
 
 
-def _faults(given: dict[str, Any], only: dict[str, tuple], known: set[str], prefix: str) -> list[str]:
+def _faults(given: Mapping[str, Any], only: Mapping[str, tuple], known: set[str], prefix: str) -> list[str]:
     faults = []
     for name, value in given.items():
         if name in only:
             if value not in only[name]:
                 faults.append(f"{prefix}{name}={value!r}; expected {only[name][0]!r}")
         elif name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            faults.append(f"{prefix}{name}={value!r} is not handled" + (f" (did you mean {near[0]}?)" if near else ""))
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            faults.append(f"{prefix}{name}={value!r} is not handled{hint}")
     return faults
 
 
 def write(config: Any, dtype: str) -> dict[str, Any]:
     """The flat published layout. Rotary settings stand in both spellings; each transformers version reads its own."""
-    text, vision = config.text, config.vision
-    faults = []
-    if vision is None:
-        raise ValueError("a model without an image encoder is no Qwen2-VL; give the config a vision part to export it")
-    if text.head_width * text.heads != text.width:
-        faults.append(f"head_width={text.head_width}, but Qwen2-VL has width / heads = {text.width / text.heads:g}")
-    if not text.qkv_bias:
-        faults.append("qkv_bias=False, but Qwen2-VL has biases on q, k and v")
-    if text.mrope_section is None:
-        faults.append("mrope_section=None, but Qwen2-VL turns by time, height and width")
-    if vision.mlp_width % vision.width:
-        faults.append(f"vision mlp_width={vision.mlp_width} is no multiple of its width={vision.width}")
-    if text.norm_eps <= 0 or vision.norm_eps != 1e-6:
-        faults.append(f"norm_eps={text.norm_eps} (above 0) and vision norm_eps={vision.norm_eps} (1e-6 in Qwen2-VL)")
-    if faults:
-        raise ValueError("these settings have no place in a Qwen2-VL config.json: " + "; ".join(faults))
-    section = list(text.mrope_section or ())
-    written = {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        **{theirs: getattr(text, ours) for theirs, ours in TEXT},
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        "use_sliding_window": False,
-        "sliding_window": text.max_positions,
-        "max_window_layers": text.layers,
-        "initializer_range": 0.02,
-        "rope_theta": text.rope_theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": section},
-        "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta, "mrope_section": section},
-        "vision_config": {
-            "model_type": "qwen2_vl",
-            **{theirs: getattr(vision, ours) for theirs, ours in VISION},
-            "in_chans": vision.channels,
-            "hidden_size": text.width,
-            "hidden_act": "quick_gelu",
-            "mlp_ratio": vision.mlp_width // vision.width,
-            "spatial_patch_size": vision.patch_size,
-        },
-        "torch_dtype": dtype,
-    }
+    text, family = config.text, FAMILIES[config.family]
+    if "head_dim" not in family.text and text.head_width * text.heads != text.width:
+        ratio = text.width / text.heads
+        raise ValueError(f"head_width={text.head_width}, but a {config.family} has width / heads = {ratio:g}")
+    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[text.activation]
+    written: dict[str, Any] = {"architectures": [family.architecture], "model_type": config.family}
+    for name in family.text:
+        written[name] = activation if TEXT.get(name) == "activation" else getattr(text, TEXT.get(name, "qkv_bias"))
+    if config.family == "gemma":
+        written["hidden_activation"] = activation
+    if "query_pre_attn_scalar" in written and text.query_scale is None:
+        written["query_pre_attn_scalar"] = text.head_width
+    written |= {"attention_dropout": 0.0, "use_cache": True, "initializer_range": 0.02}
+    written |= _written_windows(family, text) | _written_rope(family, text)
+    if family.vision:
+        if config.vision is None:
+            raise ValueError(f"a {config.family} has an image encoder; give the config a vision part to export it")
+        written["vision_config"] = _written_vision(config, family)
+    written["torch_dtype"] = dtype
     # Ids that we lack are written as null: left out, transformers would put those of the published vocabulary.
-    return written | {name: getattr(config, name) for name in IDS}
+    for name in family.ids:
+        value = getattr(config, name)
+        written[name] = list(value) if isinstance(value, tuple) else value
+    return written
+
+
+def _written_windows(family: Family, text: Any) -> dict[str, Any]:
+    if family.vision:
+        return {"use_sliding_window": False, "sliding_window": text.max_positions, "max_window_layers": text.layers}
+    if not family.windows:
+        return {}
+    by_layer = [text.windows[i % len(text.windows)] for i in range(text.layers)]
+    window = max(by_layer)
+    written: dict[str, Any] = {"sliding_window": window or None}
+    if family.windows == "after":
+        first = next((i for i, w in enumerate(by_layer) if w), text.layers)
+        written |= {"use_sliding_window": bool(window), "max_window_layers": first}
+    if family.windows == "pattern":
+        written["sliding_window_pattern"] = len(text.windows)
+    if family.windows != "all":
+        written["layer_types"] = ["sliding_attention" if w else "full_attention" for w in by_layer]
+    if window and [bool(w) for w in by_layer] != _rule(family, written, text.layers):
+        raise ValueError(
+            f"windows={text.windows}: a {family.architecture} of transformers 4 has no such order of windowed layers"
+        )
+    return written
+
+
+def _written_rope(family: Family, text: Any) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if s := text.rope_scaling:
+        names = SCALINGS[s.kind]
+        said = {theirs: getattr(s, ours) for ours, theirs in names.items()}
+        rope = {"rope_type": s.kind} | {k: v for k, v in said.items() if v is not None and (k, v) != ("truncate", True)}
+    old = None if rope == {"rope_type": "default"} else rope
+    if text.mrope_section is not None:
+        section = list(text.mrope_section)
+        old = {"type": "mrope", "mrope_section": section} if old is None else old | {"mrope_section": section}
+        rope = rope | {"mrope_section": section}
+    written: dict[str, Any] = {"rope_theta": text.rope_theta, "rope_scaling": old}
+    new = rope | {"rope_theta": text.rope_theta}
+    if family.windows == "pattern":
+        local = {"rope_type": "default", "rope_theta": text.window_theta or text.rope_theta}
+        written["rope_local_base_freq"] = local["rope_theta"]
+        return written | {"rope_parameters": {"full_attention": new, "sliding_attention": local}}
+    return written | {"rope_parameters": new}
+
+
+def _written_vision(config: Any, family: Family) -> dict[str, Any]:
+    vision = config.vision
+    written: dict[str, Any] = {"model_type": config.family}
+    assert family.vision is not None
+    for theirs, ours in family.vision.items():
+        value = getattr(vision, ours)
+        written[theirs] = list(value) if isinstance(value, tuple) else value
+    if "window_size" in family.vision:
+        written |= {"out_hidden_size": config.text.width, "hidden_act": "silu"}
+    else:
+        ratio = vision.mlp_width / vision.width
+        written |= {"hidden_size": config.text.width, "hidden_act": "quick_gelu"}
+        written["mlp_ratio"] = int(ratio) if ratio == int(ratio) else ratio
+    return written | {"in_chans": vision.channels, "spatial_patch_size": vision.patch_size}

@@ -3,7 +3,7 @@
 B rows            L positions in a row      S key positions         T gathered positions
 D width           N query heads             K key/value heads       G = N / K, query heads that share a key
 H head width      F MLP width               V vocabulary rows       h = H / 2, rotary frequencies
-P patches in a row, C values of a patch, E image width, M merged image features in a row
+P patches in a row, K values of a patch (where no key head is near), E image width, M merged image features in a row
 
 Each parameter is declared once, by `Einsum`, `Norm` or `Embedding`, with shape, axis names and initializer. Axis names
 are mapped to the mesh in `ain_jax/sharding.py`. Means and the softmax are in float32, whatever the compute dtype.
@@ -11,7 +11,7 @@ are mapped to the mesh in `ain_jax/sharding.py`. Means and the softmax are in fl
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ain_jax.models.config import RopeScaling
 
 Array = jax.Array
 
@@ -93,22 +95,29 @@ class Einsum(nn.Module):
 
 
 class Norm(nn.Module):
-    """`x` divided by its root mean square over the last axis, times a weight; with `center`, LayerNorm with a bias."""
+    """`x` divided by its root mean square over the last axis, times a weight; with `center`, LayerNorm with a bias.
+
+    With `plus_one` the weight is stored as its difference from 1 and multiplied in float32, as Gemma does it.
+    """
 
     width: int
     eps: float
     axis: str = "embed"
     center: bool = False
+    plus_one: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        weight: Any = self.param("weight", declared(Constant(1.0), (self.axis,)), (self.width,), jnp.float32)
+        init = declared(Constant(0.0 if self.plus_one else 1.0), (self.axis,))
+        weight: Any = self.param("weight", init, (self.width,), jnp.float32)
         leading = tuple(range(x.ndim - 1))
         y = x.astype(jnp.float32)
         if self.center:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (y * (1.0 + jnp.expand_dims(weight.astype(jnp.float32), leading))).astype(self.dtype)
         y = y.astype(self.dtype) * jnp.expand_dims(weight.astype(self.dtype), leading)
         if self.center:
             bias: Any = self.param("bias", declared(Constant(0.0), (self.axis,)), (self.width,), jnp.float32)
@@ -136,26 +145,62 @@ class Embedding(nn.Module):
         return jnp.einsum("...D,VD->...V", x.astype(self.dtype), self.weight.astype(self.dtype))
 
 
-def frequencies(count: int, theta: float) -> Array:
+def frequencies(count: int, theta: Any) -> Array:
     """The angles per position of `count` rotary pairs: 1, theta^(-1/count), theta^(-2/count) ..."""
     return 1.0 / (theta ** (jnp.arange(count, dtype=jnp.float32) / count))
 
 
-def text_rotary(positions_3BL, head_width: int, theta: float, section: tuple[int, ...] | None) -> tuple[Array, Array]:
+def scaled_frequencies(count: int, theta: float, scaling: RopeScaling | None, length: Any) -> tuple[Array, float]:
+    """(rates_h, factor): angles per position, stretched for long texts, and what cosine and sine are multiplied by.
+
+    `length` is the number of positions in use, which "dynamic" alone asks for. The kinds are those of transformers'
+    modeling_rope_utils: linear (positions divided), dynamic (NTK: a base that grows with the length), llama3 (slow
+    pairs divided, fast ones kept, a ramp between) and yarn (arXiv 2309.00071, the same by turns, and warmer scores).
+    """
+    if scaling is None:
+        return frequencies(count, theta), 1.0
+    s = scaling
+    if s.kind == "dynamic":
+        grown = jnp.maximum(length, s.original_positions).astype(jnp.float32) / s.original_positions
+        return frequencies(count, theta * (s.factor * grown - (s.factor - 1)) ** (count / (count - 1))), 1.0
+    rates_h = frequencies(count, theta)
+    if s.kind == "linear":
+        return rates_h / s.factor, 1.0
+    if s.kind == "llama3":
+        turns_h = s.original_positions * rates_h / (2 * math.pi)
+        kept_h = jnp.clip((turns_h - s.low) / (s.high - s.low), 0.0, 1.0)
+        return rates_h * (kept_h + (1 - kept_h) / s.factor), 1.0
+
+    def pair_with(turns: float) -> float:
+        """The pair, counted from 0 and in fractions, that turns so often within the original length."""
+        return count * math.log(s.original_positions / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = pair_with(s.high), pair_with(s.low)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * count - 1)
+    ramp_h = (jnp.arange(count, dtype=jnp.float32) - low) / max(high - low, 0.001)
+    kept_h = 1 - jnp.clip(ramp_h, 0.0, 1.0)
+    return rates_h * (kept_h + (1 - kept_h) / s.factor), s.cosine_factor()
+
+
+def text_rotary(
+    positions_3BL, head_width: int, theta: float, section: tuple[int, ...] | None, scaling: RopeScaling | None = None
+) -> tuple[Array, Array]:
     """(cos_BLh, sin_BLh): the first `section[0]` pairs turn with time, the next with height, the last with width.
 
     head width 16, section (2, 3, 3): pair  0 1 2 3 4 5 6 7
                                       axis  t t h h h w w w
     """
     half = head_width // 2
-    rates_h = frequencies(half, theta)
+    rates_h, factor = scaled_frequencies(half, theta, scaling, positions_3BL.max() + 1)
     starts = [0, *itertools.accumulate(section or (half,))]
     angles = [
         positions_3BL[axis][:, :, None].astype(jnp.float32) * rates_h[None, None, start:stop]
         for axis, (start, stop) in enumerate(itertools.pairwise(starts))
     ]
     angle_BLh = jnp.concatenate(angles, axis=-1)
-    return jnp.cos(angle_BLh), jnp.sin(angle_BLh)
+    return jnp.cos(angle_BLh) * factor, jnp.sin(angle_BLh) * factor
 
 
 def vision_rotary(patch_positions_BP2, head_width: int, theta: float = 10_000.0) -> tuple[Array, Array]:
@@ -174,29 +219,34 @@ def rotate(x_BLNH, rotary: tuple[Array, Array]):
     return turned.astype(x_BLNH.dtype)
 
 
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(x * 1.702),
+}
+
+
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), the MLP of Llama and Qwen2."""
+    """down(act(gate(x)) * up(x)), the MLP of Llama, Qwen2 and Gemma."""
 
     width: int
     mlp_width: int
     scale_out: float
+    activation: str = "silu"
+    bias: bool = False
+    axes: tuple[str, str] = ("embed", "mlp")
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BLD):
-        wide = {"shape": (self.width, self.mlp_width), "axes": ("embed", "mlp"), "dtype": self.dtype}
-        gate_BLF = Einsum("BLD,DF->BLF", name="gate_proj", **wide)(x_BLD)
-        up_BLF = Einsum("BLD,DF->BLF", name="up_proj", **wide)(x_BLD)
-        down = Einsum(
-            "BLF,FD->BLD",
-            (self.mlp_width, self.width),
-            ("mlp", "embed"),
-            False,
-            self.scale_out,
-            self.dtype,
-            name="down_proj",
-        )
-        return down(jax.nn.silu(gate_BLF) * up_BLF)
+        wide: dict[str, Any] = {"shape": (self.width, self.mlp_width), "axes": self.axes}
+        rest: dict[str, Any] = {"bias": self.bias, "dtype": self.dtype}
+        gate_BLF = Einsum("BLD,DF->BLF", name="gate_proj", **wide, **rest)(x_BLD)
+        up_BLF = Einsum("BLD,DF->BLF", name="up_proj", **wide, **rest)(x_BLD)
+        narrow = {"shape": (self.mlp_width, self.width), "axes": self.axes[::-1], "scale": self.scale_out}
+        down = Einsum("BLF,FD->BLD", name="down_proj", **narrow, **rest)
+        return down(ACTIVATIONS[self.activation](gate_BLF) * up_BLF)
 
 
 REMAT = {
@@ -206,8 +256,44 @@ REMAT = {
 }
 
 
-def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The layer, whose inner values are computed again in the backward pass as the policy named `remat` says."""
+def stacked(module: nn.Module, name: str, layer: nn.Module, count: int, *inputs: Any) -> Any:
+    """The variables of `count` layers like `layer`, the layers on axis 0 of each array: {"params": ...}.
+
+    Declared where they are new. `layer` has no parent; `inputs` are what it is called with. Where the model is applied
+    with adapters (`models/lora.py`), theirs stand beside under "lora".
+    """
+
+    def declare(key):
+        boxes = jax.vmap(lambda k: layer.init(k, *inputs)["params"])(jax.random.split(key, count))
+        is_box = lambda x: isinstance(x, Declared)
+        return jax.tree.map(lambda box: box.replace(names=("layers", *box.names)), boxes, is_leaf=is_box)
+
+    variables: dict[str, Any] = {"params": module.param(name, declare)}
+    if module.has_variable("lora", name):
+        variables["lora"] = module.get_variable("lora", name)
+    return variables
+
+
+def run_layers(variables: Any, kinds: Sequence[Any], x: Any, memory: Any, remat: str) -> tuple[Any, Any]:
+    """(x, memory) behind all layers of a stack (see `stacked`), the functions `kinds` taking turns.
+
+    A kind is called as `kind(variables of one layer, x, memory of one layer)` and gives x and memory back. One turn of
+    the kinds is the body of a scan, so compile time grows with the turn, not with the layers.
+    """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r}: expected one of {', '.join(REMAT)}")
-    return layer if remat == "none" else nn.remat(layer, prevent_cse=False, policy=REMAT[remat])
+    if remat != "none":
+        kinds = [jax.checkpoint(kind, prevent_cse=False, policy=REMAT[remat]) for kind in kinds]
+    size = len(kinds)
+    in_turns = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), (variables, memory))
+
+    def turn(x, one_turn):
+        kept = []
+        for i, kind in enumerate(kinds):
+            of_layer, layer_memory = jax.tree.map(lambda leaf, i=i: leaf[i], one_turn)
+            x, layer_memory = kind(of_layer, x, layer_memory)
+            kept.append(layer_memory)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+
+    x, memory = jax.lax.scan(turn, x, in_turns)
+    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), memory)

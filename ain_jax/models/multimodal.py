@@ -6,7 +6,8 @@
 
 The parameters are one plain nested dict: `model/embed_tokens`, `model/layers` (stacked on axis 0), `model/norm`,
 `visual/patch_embed`, `visual/blocks` (stacked), `visual/merger` and, where the head is not tied, `lm_head`. A path is
-the published name without the number of the layer.
+the published name without the number of the layer. Where windowed and full layers take turns and the last turn is cut
+short, its layers are stacked in `model/last_layers`.
 """
 
 import math
@@ -84,7 +85,9 @@ class MultimodalModel(nn.Module):
     def logits(self, hidden):
         """Logits in float32, of any leading axes: give the hidden states of learnt positions alone to save work."""
         head = self.model.embed_tokens if self.config.text.tied else self.lm_head
-        return head.scores(hidden).astype(jnp.float32)
+        logits = head.scores(hidden).astype(jnp.float32)
+        cap = self.config.text.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def declare(self, *batch):
         """Touches every parameter once; for `init`."""
@@ -94,7 +97,7 @@ class MultimodalModel(nn.Module):
 def packed(segments_BL) -> Attend:
     """What training attends with: the row itself, causally, each segment alone, nothing remembered."""
     attend = partial(attention, segments_BL=segments_BL, causal=True)
-    return lambda q_BLNH, k_BLKH, v_BLKH, memory: (attend(q_BLNH, k_BLKH, v_BLKH), memory)
+    return lambda q_BLNH, k_BLKH, v_BLKH, memory, **rules: (attend(q_BLNH, k_BLKH, v_BLKH, **rules), memory)
 
 
 def init_params(config: ModelConfig, key) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Qwen2-VL's image encoder: flattened patches in, one feature of the decoder's width per 2 x 2 patches out."""
+"""The image encoders of Qwen2-VL and Qwen2.5-VL: flattened patches in, one feature of the decoder's width per 2 x 2
+patches out.
+"""
 
 from typing import Any
 
@@ -8,26 +10,35 @@ import jax.numpy as jnp
 
 from ain_jax.models.attention import attention
 from ain_jax.models.config import VisionConfig
-from ain_jax.models.layers import Einsum, Norm, rematerialised, rotate, vision_rotary
+from ain_jax.models.layers import (
+    ACTIVATIONS,
+    Einsum,
+    GatedMLP,
+    Norm,
+    rotate,
+    run_layers,
+    stacked,
+    vision_rotary,
+)
 
 
 class VisionAttention(nn.Module):
-    """Full attention inside each image of the row; q, k and v come from one matrix."""
+    """Full attention inside each segment of the row, an image or a window; q, k and v come from one matrix."""
 
     config: VisionConfig
     scale_out: float
-    longest_image: int | None
+    longest: int | None
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BPE, rotary, patch_segments_BP):
+    def __call__(self, x_BPE, rotary, segments_BP):
         c = self.config
         shape = (c.width, 3, c.heads, c.head_width)
         axes = ("vision_embed", "qkv", "vision_heads", "head")
         qkv_BPTNH = Einsum("BPE,ETNH->BPTNH", shape, axes, True, dtype=self.dtype, name="qkv")(x_BPE)  # T: q, k, v
         q_BPNH, k_BPNH, v_BPNH = (qkv_BPTNH[:, :, i] for i in range(3))
         q_BPNH, k_BPNH = rotate(q_BPNH, rotary), rotate(k_BPNH, rotary)
-        out_BPNH = attention(q_BPNH, k_BPNH, v_BPNH, patch_segments_BP, causal=False, longest=self.longest_image)
+        out_BPNH = attention(q_BPNH, k_BPNH, v_BPNH, segments_BP, causal=False, longest=self.longest)
         out_BPE = out_BPNH.reshape(x_BPE.shape)
         project = Einsum(
             "BPI,IE->BPE",
@@ -54,29 +65,35 @@ class VisionMLP(nn.Module):
         wide_BPF = Einsum("BPE,EF->BPF", (E, F), ("vision_embed", "vision_mlp"), True, dtype=self.dtype, name="fc1")(
             x_BPE
         )
-        wide_BPF = wide_BPF * jax.nn.sigmoid(wide_BPF * 1.702)
         narrow = Einsum(
             "BPF,FE->BPE", (F, E), ("vision_mlp", "vision_embed"), True, self.scale_out, self.dtype, name="fc2"
         )
-        return narrow(wide_BPF)
+        return narrow(ACTIVATIONS["quick_gelu"](wide_BPF))
 
 
 class VisionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: VisionConfig
-    longest_image: int | None
+    longest: int | None = None  # patches of a segment
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BPE, rotary, patch_segments_BP):
+    def __call__(self, x_BPE, rotary, segments_BP):
         c = self.config
         scale_out = (2 * c.layers) ** -0.5
-        norm = {"width": c.width, "eps": c.norm_eps, "axis": "vision_embed", "center": True, "dtype": self.dtype}
-        attend = VisionAttention(c, scale_out, self.longest_image, self.dtype, name="attn")
-        x_BPE = x_BPE + attend(Norm(name="norm1", **norm)(x_BPE), rotary, patch_segments_BP)
-        mlp = VisionMLP(c, scale_out, self.dtype, name="mlp")
-        return x_BPE + mlp(Norm(name="norm2", **norm)(x_BPE)), None
+        attend = VisionAttention(c, scale_out, self.longest, self.dtype, name="attn")
+        x_BPE = x_BPE + attend(_norm(c, self.dtype, "norm1")(x_BPE), rotary, segments_BP)
+        if c.gated:
+            axes = ("vision_embed", "vision_mlp")
+            mlp = GatedMLP(c.width, c.mlp_width, scale_out, "silu", True, axes, self.dtype, name="mlp")
+        else:
+            mlp = VisionMLP(c, scale_out, self.dtype, name="mlp")
+        return x_BPE + mlp(_norm(c, self.dtype, "norm2")(x_BPE))
+
+
+def _norm(c: VisionConfig, dtype: Any, name: str) -> Norm:
+    return Norm(c.width, c.norm_eps, "vision_embed", center=not c.gated, dtype=dtype, name=name)
 
 
 class PatchEmbedding(nn.Module):
@@ -102,7 +119,7 @@ class Merger(nn.Module):
     def __call__(self, x_BPE):
         c, (B, P, E) = self.config, x_BPE.shape
         joined = c.merge_size**2
-        x_BPE = Norm(E, c.norm_eps, "vision_embed", center=True, dtype=self.dtype, name="ln_q")(x_BPE)
+        x_BPE = _norm(c, self.dtype, "ln_q")(x_BPE)
         return MergerMLP(joined * E, self.out_width, self.dtype, name="mlp")(x_BPE.reshape(B, P // joined, joined * E))
 
 
@@ -135,17 +152,43 @@ class VisionTower(nn.Module):
         c = self.config
         _check(patches_BPK.shape, c)
         x_BPE = PatchEmbedding(c, self.dtype, name="patch_embed")(patches_BPK)
-        rotary = vision_rotary(patch_positions_BP2, c.head_width)
-        blocks = nn.scan(
-            rematerialised(VisionBlock, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=c.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x_BPE, _ = blocks(c, self.longest_image, self.dtype, name="blocks")(x_BPE, rotary, patch_segments_BP)
-        return Merger(c, self.out_width, self.dtype, name="merger")(x_BPE)
+        segments = {False: patch_segments_BP}
+        positions_BP2, order_BP = patch_positions_BP2, None
+        if c.window:  # each window's patches side by side, so that attention needs its neighbourhood alone
+            windows_BP = window_segments(patch_positions_BP2, patch_segments_BP, c)
+            order_BP = jnp.argsort(windows_BP, axis=1, stable=True)
+            pick = lambda x: jnp.take_along_axis(x, order_BP.reshape(*order_BP.shape, *(1,) * (x.ndim - 2)), axis=1)
+            x_BPE, positions_BP2 = pick(x_BPE), pick(patch_positions_BP2)
+            segments = {False: pick(patch_segments_BP), True: pick(windows_BP)}
+        rotary = vision_rotary(positions_BP2, c.head_width)
+        longest = {False: self.longest_image, True: window_side(c) ** 2}
+        blocks = [VisionBlock(c, longest[windowed], self.dtype, parent=None) for windowed in c.windowed]
+        variables = stacked(self, "blocks", blocks[0], c.layers, x_BPE, rotary, segments[c.windowed[0]])
+        kinds = [
+            lambda v, x_BPE, _, block=block, windowed=windowed: (
+                block.apply(v, x_BPE, rotary, segments[windowed]),
+                None,
+            )
+            for block, windowed in zip(blocks, c.windowed, strict=True)
+        ]
+        x_BPE, _ = run_layers(variables, kinds, x_BPE, None, self.remat)
+        features_BMD = Merger(c, self.out_width, self.dtype, name="merger")(x_BPE)
+        if order_BP is not None:  # a merged block moved as one: its place is that of its first patch
+            back_BM = jnp.argsort(order_BP[:, :: c.merge_size**2], axis=1)
+            features_BMD = jnp.take_along_axis(features_BMD, back_BM[:, :, None], axis=1)
+        return features_BMD
+
+
+def window_side(c: VisionConfig) -> int:
+    """Patches on a side of a window, whole merged blocks: 112 pixels are 8 patches of 14."""
+    return c.window // c.merge_size // c.patch_size * c.merge_size
+
+
+def window_segments(patch_positions_BP2, patch_segments_BP, c: VisionConfig):
+    """(B, P): a number for each window of each picture, ascending as windows are read; 0 for padding."""
+    place_BP2 = patch_positions_BP2 // window_side(c)
+    number_BP = (patch_segments_BP << 20) + (place_BP2[:, :, 0] << 10) + place_BP2[:, :, 1]
+    return jnp.where(patch_segments_BP > 0, number_BP, 0)
 
 
 def _check(shape: tuple[int, ...], c: VisionConfig) -> None:

@@ -96,26 +96,23 @@ def tensors(params: dict[str, Any], config: ModelConfig, check_only: bool = Fals
     """(published name, array) of every tensor, in the order of the table; parameters with no row are refused."""
     letters = sizes(config)
     left = dict(_leaves(params))
-    wanted = {row.ours for _, row, _ in published(config)}
+    wanted = {place.path for place in published(config)}
     if left.keys() != wanted:
         faults = [f"{path} has no published name" for path in sorted(left.keys() - wanted)]
         faults += [f"{path} is missing" for path in sorted(wanted - left.keys())]
         raise ValueError("the parameters are not those of this config: " + "; ".join(faults))
     held, array = "", None
-    for name, row, layer in published(config):
+    for place in published(config):
         if check_only:
-            whole = left[row.ours]
-            yield name, np.broadcast_to(np.zeros((), whole.dtype), whole.shape if layer is None else whole.shape[1:])
+            whole = left[place.path]
+            shape = whole.shape if place.layer is None else whole.shape[1:]
+            yield place.name, np.broadcast_to(np.zeros((), whole.dtype), shape)
             continue
-        if row.ours != held:
-            held, array = row.ours, np.asarray(left[row.ours])
+        if place.path != held:
+            held, array = place.path, np.asarray(left[place.path])
         assert array is not None
-        yield (
-            name,
-            np.ascontiguousarray(
-                rearrange(array if layer is None else array[layer], row.layout, letters, reverse=True)
-            ),
-        )
+        ours = array if place.layer is None else array[place.layer]
+        yield place.name, np.ascontiguousarray(rearrange(ours, place.layout, letters, reverse=True))
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:

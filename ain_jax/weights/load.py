@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ain_jax.models.config import ModelConfig, from_hf
-from ain_jax.weights.table import canonical, layer_count, published, rearrange, sizes, their_shape
+from ain_jax.weights.table import canonical, published, rearrange, sizes, their_shape
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -32,7 +32,7 @@ def load_folder(folder: str | Path, dtype: Any = None) -> tuple[dict[str, Any], 
 def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
     """The parameters of a folder whose config is known."""
     folder, letters = Path(folder), sizes(config)
-    places = {name: (row, layer) for name, row, layer in published(config)}
+    places = {place.name: place for place in published(config)}
     stored = _stored(folder)
     faults = _faults(stored, places, letters, config.text.tied)
     if faults:
@@ -45,9 +45,9 @@ def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> d
                 if canonical(name) not in places:  # the copy of a tied head
                     _check_tied_copy(file.get_tensor(name), path, params)
                     continue
-                row, layer = places[canonical(name)]
-                array = rearrange(file.get_tensor(name), row.layout, letters)
-                _put(params, row.ours, array.astype(dtype or array.dtype, copy=False), layer, layer_count(row, config))
+                place = places[canonical(name)]
+                array = rearrange(file.get_tensor(name), place.layout, letters)
+                _put(params, place.path, array.astype(dtype or array.dtype, copy=False), place.layer, place.layers)
     return params
 
 
@@ -106,7 +106,7 @@ def _faults(stored, places, letters, tied: bool) -> list[str]:
                 faults.append(f"{path.name}: {name} {shape} has no place in this model")
             continue
         filled[place].append(f"{path.name}: {name}")
-        expected = their_shape(places[place][0], letters)
+        expected = their_shape(places[place].layout, letters)
         if shape != expected:
             faults.append(f"{path.name}: {name} has shape {shape}, expected {expected}")
     faults += [f"{place} is given twice: {', '.join(names)}" for place, names in filled.items() if len(names) > 1]

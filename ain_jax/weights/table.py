@@ -24,56 +24,105 @@ class Row:
     layout: str
 
 
-# Names as published for Qwen2-VL. `canonical` brings the newer spelling to this one.
+@dataclass(frozen=True)
+class Place:
+    """Where one published tensor lies in our tree."""
+
+    name: str  # published
+    path: str  # ours
+    layout: str
+    layer: int | None = None  # which of the stacked layers; None where ours is not stacked
+    layers: int | None = None  # how many are stacked there
+
+
+def _layer(name: str, layout: str) -> Row:
+    return Row(f"model.layers.{{layer}}.{name}", "model/layers/" + name.replace(".", "/"), layout)
+
+
+def _block(name: str, layout: str) -> Row:
+    return Row(f"visual.blocks.{{layer}}.{name}", "visual/blocks/" + name.replace(".", "/"), layout)
+
+
+# Names as published. `canonical` brings other spellings to these.
 TEXT = (
     Row("model.embed_tokens.weight", "model/embed_tokens/weight", "V D -> V D"),
-    Row("model.layers.{layer}.input_layernorm.weight", "model/layers/input_layernorm/weight", "D -> D"),
-    Row("model.layers.{layer}.self_attn.q_proj.weight", "model/layers/self_attn/q_proj/weight", "(N H) D -> D N H"),
-    Row("model.layers.{layer}.self_attn.k_proj.weight", "model/layers/self_attn/k_proj/weight", "(K H) D -> D K H"),
-    Row("model.layers.{layer}.self_attn.v_proj.weight", "model/layers/self_attn/v_proj/weight", "(K H) D -> D K H"),
-    Row("model.layers.{layer}.self_attn.o_proj.weight", "model/layers/self_attn/o_proj/weight", "D (N H) -> N H D"),
-    Row(
-        "model.layers.{layer}.post_attention_layernorm.weight", "model/layers/post_attention_layernorm/weight", "D -> D"
-    ),
-    Row("model.layers.{layer}.mlp.gate_proj.weight", "model/layers/mlp/gate_proj/weight", "F D -> D F"),
-    Row("model.layers.{layer}.mlp.up_proj.weight", "model/layers/mlp/up_proj/weight", "F D -> D F"),
-    Row("model.layers.{layer}.mlp.down_proj.weight", "model/layers/mlp/down_proj/weight", "D F -> F D"),
+    _layer("input_layernorm.weight", "D -> D"),
+    _layer("self_attn.q_proj.weight", "(N H) D -> D N H"),
+    _layer("self_attn.k_proj.weight", "(K H) D -> D K H"),
+    _layer("self_attn.v_proj.weight", "(K H) D -> D K H"),
+    _layer("self_attn.o_proj.weight", "D (N H) -> N H D"),
+    _layer("post_attention_layernorm.weight", "D -> D"),
+    _layer("mlp.gate_proj.weight", "F D -> D F"),
+    _layer("mlp.up_proj.weight", "F D -> D F"),
+    _layer("mlp.down_proj.weight", "D F -> F D"),
     Row("model.norm.weight", "model/norm/weight", "D -> D"),
 )
-BIASES = (
-    Row("model.layers.{layer}.self_attn.q_proj.bias", "model/layers/self_attn/q_proj/bias", "(N H) -> N H"),
-    Row("model.layers.{layer}.self_attn.k_proj.bias", "model/layers/self_attn/k_proj/bias", "(K H) -> K H"),
-    Row("model.layers.{layer}.self_attn.v_proj.bias", "model/layers/self_attn/v_proj/bias", "(K H) -> K H"),
+QKV_BIASES = (
+    _layer("self_attn.q_proj.bias", "(N H) -> N H"),
+    _layer("self_attn.k_proj.bias", "(K H) -> K H"),
+    _layer("self_attn.v_proj.bias", "(K H) -> K H"),
+)
+O_BIAS = (_layer("self_attn.o_proj.bias", "D -> D"),)
+MLP_BIASES = (
+    _layer("mlp.gate_proj.bias", "F -> F"),
+    _layer("mlp.up_proj.bias", "F -> F"),
+    _layer("mlp.down_proj.bias", "D -> D"),
+)
+QK_NORMS = (_layer("self_attn.q_norm.weight", "H -> H"), _layer("self_attn.k_norm.weight", "H -> H"))
+SANDWICH_NORMS = (
+    _layer("pre_feedforward_layernorm.weight", "D -> D"),
+    _layer("post_feedforward_layernorm.weight", "D -> D"),
 )
 HEAD = (Row("lm_head.weight", "lm_head/weight", "V D -> V D"),)
 VISION = (
     # The published patch embedding is a convolution over (colour, frame, row, column).
     Row("visual.patch_embed.proj.weight", "visual/patch_embed/proj/weight", "E c t y x -> (c t y x) E"),
-    Row("visual.blocks.{layer}.norm1.weight", "visual/blocks/norm1/weight", "E -> E"),
-    Row("visual.blocks.{layer}.norm1.bias", "visual/blocks/norm1/bias", "E -> E"),
-    Row("visual.blocks.{layer}.attn.qkv.weight", "visual/blocks/attn/qkv/weight", "(q n h) E -> E q n h"),
-    Row("visual.blocks.{layer}.attn.qkv.bias", "visual/blocks/attn/qkv/bias", "(q n h) -> q n h"),
-    Row("visual.blocks.{layer}.attn.proj.weight", "visual/blocks/attn/proj/weight", "E I -> I E"),
-    Row("visual.blocks.{layer}.attn.proj.bias", "visual/blocks/attn/proj/bias", "E -> E"),
-    Row("visual.blocks.{layer}.norm2.weight", "visual/blocks/norm2/weight", "E -> E"),
-    Row("visual.blocks.{layer}.norm2.bias", "visual/blocks/norm2/bias", "E -> E"),
-    Row("visual.blocks.{layer}.mlp.fc1.weight", "visual/blocks/mlp/fc1/weight", "W E -> E W"),
-    Row("visual.blocks.{layer}.mlp.fc1.bias", "visual/blocks/mlp/fc1/bias", "W -> W"),
-    Row("visual.blocks.{layer}.mlp.fc2.weight", "visual/blocks/mlp/fc2/weight", "E W -> W E"),
-    Row("visual.blocks.{layer}.mlp.fc2.bias", "visual/blocks/mlp/fc2/bias", "E -> E"),
+    _block("norm1.weight", "E -> E"),
+    _block("attn.qkv.weight", "(q n h) E -> E q n h"),
+    _block("attn.qkv.bias", "(q n h) -> q n h"),
+    _block("attn.proj.weight", "E I -> I E"),
+    _block("attn.proj.bias", "E -> E"),
+    _block("norm2.weight", "E -> E"),
     Row("visual.merger.ln_q.weight", "visual/merger/ln_q/weight", "E -> E"),
-    Row("visual.merger.ln_q.bias", "visual/merger/ln_q/bias", "E -> E"),
     Row("visual.merger.mlp.0.weight", "visual/merger/mlp/0/weight", "J M -> M J"),
     Row("visual.merger.mlp.0.bias", "visual/merger/mlp/0/bias", "J -> J"),
     Row("visual.merger.mlp.2.weight", "visual/merger/mlp/2/weight", "D J -> J D"),
     Row("visual.merger.mlp.2.bias", "visual/merger/mlp/2/bias", "D -> D"),
+)
+PLAIN_VISION = (  # Qwen2-VL
+    _block("norm1.bias", "E -> E"),
+    _block("norm2.bias", "E -> E"),
+    _block("mlp.fc1.weight", "W E -> E W"),
+    _block("mlp.fc1.bias", "W -> W"),
+    _block("mlp.fc2.weight", "E W -> W E"),
+    _block("mlp.fc2.bias", "E -> E"),
+    Row("visual.merger.ln_q.bias", "visual/merger/ln_q/bias", "E -> E"),
+)
+GATED_VISION = (  # Qwen2.5-VL
+    _block("mlp.gate_proj.weight", "W E -> E W"),
+    _block("mlp.gate_proj.bias", "W -> W"),
+    _block("mlp.up_proj.weight", "W E -> E W"),
+    _block("mlp.up_proj.bias", "W -> W"),
+    _block("mlp.down_proj.weight", "E W -> W E"),
+    _block("mlp.down_proj.bias", "E -> E"),
 )
 
 
 def rows(config: ModelConfig) -> tuple[Row, ...]:
     """The rows that a model of this config has; a tied head has none of its own."""
     text = config.text
-    return TEXT + (BIASES if text.qkv_bias else ()) + (() if text.tied else HEAD) + (VISION if config.vision else ())
+    parts = [
+        (TEXT, True),
+        (QKV_BIASES, text.qkv_bias),
+        (O_BIAS, text.o_bias),
+        (MLP_BIASES, text.mlp_bias),
+        (QK_NORMS, text.qk_norm),
+        (SANDWICH_NORMS, text.sandwich_norms),
+        (HEAD, not text.tied),
+    ]
+    if config.vision:
+        parts += [(VISION, True), (GATED_VISION if config.vision.gated else PLAIN_VISION, True)]
+    return tuple(row for part, wanted in parts if wanted for row in part)
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -100,24 +149,26 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     return letters
 
 
-def layer_count(row: Row, config: ModelConfig) -> int | None:
-    """How many published tensors are stacked in ours; None where ours is not stacked."""
-    if "{layer}" not in row.theirs:
-        return None
+def published(config: ModelConfig) -> Iterator[Place]:
+    """The place of every tensor of the model, in the order of the table."""
+    for row in rows(config):
+        if "{layer}" not in row.theirs:
+            yield Place(row.theirs, row.ours, row.layout)
+            continue
+        first = 0
+        for stack, layers in _stacks(row, config):
+            path = row.ours.replace("model/layers/", f"model/{stack}/", 1)
+            for layer in range(layers):
+                yield Place(row.theirs.format(layer=first + layer), path, row.layout, layer, layers)
+            first += layers
+
+
+def _stacks(row: Row, config: ModelConfig) -> list[tuple[str, int]]:
+    """(name, layers) of the stacks that ours holds these layers in."""
     if row.theirs.startswith("visual."):
         assert config.vision is not None, "rows() gives vision rows to models with an image encoder only"
-        return config.vision.layers
-    return config.text.layers
-
-
-def published(config: ModelConfig) -> Iterator[tuple[str, Row, int | None]]:
-    """(published name, row, layer) of every tensor of the model, in the order of the table."""
-    for row in rows(config):
-        count = layer_count(row, config)
-        if count is None:
-            yield row.theirs, row, None
-        else:
-            yield from ((row.theirs.format(layer=layer), row, layer) for layer in range(count))
+        return [("blocks", config.vision.layers)]
+    return [(name, layers) for name, _, layers in config.text.stacks()]
 
 
 def canonical(name: str) -> str:
@@ -140,9 +191,14 @@ def rearrange(array: np.ndarray, layout: str, letters: dict[str, int], reverse: 
     return turned.reshape(_shape(target, letters))
 
 
-def their_shape(row: Row, letters: dict[str, int]) -> tuple[int, ...]:
+def their_shape(layout: str, letters: dict[str, int]) -> tuple[int, ...]:
     """Shape of one published tensor."""
-    return _shape(_axes(row.layout.split("->")[0]), letters)
+    return _shape(_axes(layout.split("->")[0]), letters)
+
+
+def our_shape(layout: str, letters: dict[str, int]) -> tuple[int, ...]:
+    """Shape of the same tensor in ours, one layer of it."""
+    return _shape(_axes(layout.split("->")[1]), letters)
 
 
 def _axes(side: str) -> list[list[str]]:

@@ -12,15 +12,17 @@ def inputs(B=2, L=12, N=4, K=2, H=8, seed=0):
     return tuple(map(jnp.asarray, arrays))
 
 
-def by_hand(q_BLNH, k_BSKH, v_BSKH, segments_BL, causal):
+def by_hand(q_BLNH, k_BSKH, v_BSKH, segments_BL, causal, window=99, scale=None, softcap=None):
     """Position by position, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q_BLNH, k_BSKH, v_BSKH))
     B, L, N, H = q.shape
     out = np.zeros_like(q)
     for b, i, n in np.ndindex(B, L, N):
         key = n // (N // k.shape[2])
-        seen = [j for j in range(L) if segments_BL[b, j] == segments_BL[b, i] and (j <= i or not causal)]
-        weights = np.exp([q[b, i, n] @ k[b, j, key] / np.sqrt(H) for j in seen])
+        near = [j for j in range(L) if (i - window < j <= i or not causal)]
+        seen = [j for j in near if segments_BL[b, j] == segments_BL[b, i]]
+        scores = np.array([q[b, i, n] @ k[b, j, key] for j in seen]) * (scale or H**-0.5)
+        weights = np.exp(softcap * np.tanh(scores / softcap) if softcap else scores)
         out[b, i, n] = sum(w * v[b, j, key] for w, j in zip(weights, seen, strict=True)) / weights.sum()
     return out
 
@@ -38,6 +40,23 @@ def test_equals_the_sum_by_hand(way, causal):
     real = SEGMENTS > 0
     np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
     assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("rules", [{"window": 2}, {"window": 3, "scale": 0.7}, {"softcap": 0.8}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_rules_equal_the_sum_by_hand(way, rules):
+    q, k, v = inputs()
+    out = attention(q, k, v, jnp.asarray(SEGMENTS), causal=True, **WAYS[way], **rules)
+    expected = by_hand(q, k, v, SEGMENTS, True, **rules)
+    real = SEGMENTS > 0
+    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
+    assert np.abs(expected[real] - by_hand(q, k, v, SEGMENTS, True)[real]).max() > 0.01
+
+
+def test_a_window_needs_its_own_row():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="a window counts back from a query in its own row"):
+        attention(q, k, v, jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS), causal=False, window=2)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])

@@ -113,26 +113,33 @@ def test_rotary_settings_are_written_in_both_spellings():
 
 
 def test_every_attribute_that_is_not_handled_is_named():
-    odd = PUBLISHED | {"hiden_size": 4096, "use_sliding_window": True, "hidden_act": "gelu"}
-    odd["rope_scaling"] = {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}
+    odd = PUBLISHED | {"hiden_size": 4096, "use_sliding_window": True, "hidden_act": "relu"}
+    odd["rope_scaling"] = {"type": "longrope", "factor": 4.0, "mrope_section": [16, 24, 24]}
     odd["vision_config"] = PUBLISHED["vision_config"] | {"fullatt_block_indexes": [7]}
     with pytest.raises(ValueError) as error:
         from_hf(odd)
     for words in ("hiden_size=4096", "did you mean hidden_size", "use_sliding_window=True; expected False"):
         assert words in str(error.value)
-    for words in ("hidden_act='gelu'", "'yarn'", "factor=4.0", "vision_config.fullatt_block_indexes=[7]"):
+    for words in ("'relu'", "'longrope'", "vision_config.fullatt_block_indexes=[7]"):
         assert words in str(error.value)
 
 
+def test_a_setting_that_its_kind_of_rotary_positions_lacks_is_named():
+    with pytest.raises(ValueError, match="rope setting factor=4.0 is not handled"):
+        from_hf(PUBLISHED | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24], "factor": 4.0}})
+
+
 def test_another_family_is_refused():
-    with pytest.raises(ValueError, match="model_type='llama'; expected 'qwen2_vl'"):
-        from_hf(PUBLISHED | {"model_type": "llama"})
+    with pytest.raises(ValueError, match="model_type='qwen3'.* did you mean 'qwen2'"):
+        from_hf(PUBLISHED | {"model_type": "qwen3"})
 
 
 def test_a_config_without_a_place_in_the_published_layout_is_not_written():
-    with pytest.raises(ValueError, match="head_width=16, but Qwen2-VL has width / heads = 8"):
+    with pytest.raises(ValueError, match="head_width=16, but a qwen2_vl has width / heads = 8"):
         to_hf(tiny(head_width=16, mrope_section=(4, 2, 2)))
-    with pytest.raises(ValueError, match="without an image encoder"):
+    with pytest.raises(ValueError, match="no place in the config.json of a qwen2_vl: text.o_bias=True becomes False"):
+        to_hf(tiny(o_bias=True))
+    with pytest.raises(ValueError, match="a qwen2_vl has an image encoder"):
         to_hf(tiny(vision=False))
 
 

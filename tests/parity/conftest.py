@@ -1,5 +1,6 @@
-"""Tiny random Qwen2-VL models of transformers, and conversations with and without pictures."""
+"""Tiny random models of transformers, and conversations with and without pictures."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from ain_jax.models.config import ModelConfig, tiny, to_hf
+from ain_jax.models.config import ModelConfig, VisionConfig, tiny, to_hf
 from ain_jax.weights.export import write_json
 
 
@@ -27,12 +28,21 @@ class Reference:
     folder: Path
 
 
+def tiny_2_5(**settings) -> ModelConfig:
+    """A Qwen2.5-VL: windows of 4 x 4 patches of 4 pixels in two layers of four."""
+    tower = {"width": 24, "layers": 4, "heads": 2, "mlp_width": 60, "patch_size": 4}
+    tower |= {"gated": True, "window": 16, "full_layers": (1, 3), "tokens_per_second": 2}
+    return dataclasses.replace(tiny(tied=False), family="qwen2_5_vl", vision=VisionConfig(**(tower | settings)))
+
+
 # Each case has a setting the others lack.
 CASES = {
     "tied": tiny(tied=True),
     "untied": tiny(tied=False, norm_eps=1e-5),
     "one key head": tiny(tied=True, kv_heads=1, rope_theta=1e6),
     "no groups": tiny(tied=False, kv_heads=4, mrope_section=(1, 2, 1)),
+    "qwen 2.5": tiny_2_5(),
+    "qwen 2.5, full layers last": tiny_2_5(full_layers=(2, 3), window=24),
 }
 
 
@@ -49,10 +59,12 @@ def untied(tmp_path_factory) -> Reference:
 def make_reference(config: ModelConfig, folder: Path) -> Reference:
     """Weights so large that the logits have a standard deviation of 1 or more, and every bias and norm is felt."""
     torch = pytest.importorskip("torch")
-    from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+    import transformers
 
-    write_json(folder / "config.json", to_hf(config))
-    model = Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(folder, attn_implementation="eager")).eval()
+    written = to_hf(config)
+    write_json(folder / "config.json", written)
+    settings = transformers.AutoConfig.from_pretrained(folder, attn_implementation="eager")
+    model = getattr(transformers, written["architectures"][0])(settings).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
@@ -60,7 +72,7 @@ def make_reference(config: ModelConfig, folder: Path) -> Reference:
             if name.endswith("bias"):
                 weight.copy_(0.3 * values)
             elif weight.ndim == 1:
-                weight.copy_(1 + 0.2 * values)
+                weight.copy_((not config.text.norm_plus_one) + 0.2 * values)
             elif "embed_tokens" in name or "lm_head" in name:
                 weight.copy_(0.3 * values)
             else:
@@ -84,7 +96,11 @@ def conversations(config: ModelConfig) -> dict[str, Conversation]:
     def conversation(parts: list[Any]) -> Conversation:
         tokens: list[int] = []
         for part in parts:
-            tokens += [part] if isinstance(part, int) else [start, *[image] * (int(np.prod(part)) // 4), end]
+            if isinstance(part, int):
+                tokens.append(part)
+            else:
+                pad = image if part[0] == 1 else config.video_token_id
+                tokens += [start, *[pad] * (int(np.prod(part)) // 4), end]
         grids = tuple(part for part in parts if not isinstance(part, int))
         count = sum(int(np.prod(grid)) for grid in grids)
         patches = rng.normal(size=(count, config.vision.patch_values)).astype(np.float32) if count else None
@@ -94,6 +110,7 @@ def conversations(config: ModelConfig) -> dict[str, Conversation]:
         "two uneven pictures": conversation([1, 2, 3, (1, 4, 6), 7, 8, (1, 2, 10), 9, 10, 11]),
         "a picture first": conversation([(1, 8, 4), 20, 21, 22, 23]),
         "three pictures in a row": conversation([5, (1, 2, 2), (1, 4, 2), (1, 2, 8), 6]),
+        "a video behind a picture": conversation([5, (1, 4, 2), 6, (2, 6, 2), 7, 8]),
         "no picture": conversation([30, 31, 32, 33, 34, 35, 36]),
     }
 

@@ -4,6 +4,7 @@ Logits to 1e-4, modules to 1e-5. The logits have a standard deviation of 1 or mo
 moves them by 100 tolerances or more: a test that such a switch cannot fail would test nothing.
 """
 
+import dataclasses
 import importlib.util
 import itertools
 from functools import lru_cache, partial
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 
 from ain_jax.data.images import ImageSettings
-from ain_jax.data.positions import mrope_positions, patch_positions
-from ain_jax.generate import Prompt, generate, rows_of
+from ain_jax.data.positions import patch_positions
+from ain_jax.generate import Prompt, generate, prompt_positions, rows_of
 from ain_jax.models.layers import text_rotary
 from ain_jax.models.multimodal import MultimodalModel, packed
 from ain_jax.models.text import DecoderLayer
@@ -33,10 +34,17 @@ def theirs(reference, conversation):
     """logits_LV of transformers, and what its forward was given."""
     ids = torch.tensor([conversation.tokens])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    first = 0
+    for grid in conversation.grids:
+        video = grid[0] > 1
+        pixels, shape = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+        last = first + int(np.prod(grid))
+        for name, value in ((pixels, torch.tensor(conversation.patches[first:last])), (shape, torch.tensor([grid]))):
+            inputs[name] = torch.cat([inputs[name], value]) if name in inputs else value
+        first = last
     if conversation.grids:
-        inputs["pixel_values"] = torch.tensor(conversation.patches)
-        inputs["image_grid_thw"] = torch.tensor(conversation.grids)
-        inputs["mm_token_type_ids"] = (ids == reference.config.image_token_id).int()
+        kinds = (ids == reference.config.image_token_id).int() + 2 * (ids == reference.config.video_token_id).int()
+        inputs["mm_token_type_ids"] = kinds
     with torch.no_grad():
         return reference.model(**inputs).logits[0].numpy(), inputs
 
@@ -146,27 +154,28 @@ def test_a_packed_row_without_its_segment_mask_is_wrong(untied, talk):
     assert np.abs(found[spans[1]] - theirs(untied, given[1])[0]).max() >= 100 * LOGITS
 
 
-def test_positions_equal_get_rope_index(untied, talk):
-    for conversation in talk(untied.config).values():
+def test_positions_equal_get_rope_index(reference, talk):
+    for conversation in talk(reference.config).values():
         if not conversation.grids:
             continue
-        _, inputs = theirs(untied, conversation)
-        expected, _ = untied.model.model.get_rope_index(
-            inputs["input_ids"], image_grid_thw=inputs["image_grid_thw"], mm_token_type_ids=inputs["mm_token_type_ids"]
-        )
-        found = mrope_positions(conversation.tokens, conversation.grids, untied.config.image_token_id)
+        _, inputs = theirs(reference, conversation)
+        named = {k: v for k, v in inputs.items() if k.endswith("grid_thw") or k == "mm_token_type_ids"}
+        expected, _ = reference.model.model.get_rope_index(inputs["input_ids"], **named)
+        found = prompt_positions(Prompt(conversation.tokens, grids=conversation.grids), reference.config)
         assert np.array_equal(found, expected[:, 0].numpy())
 
 
-def test_the_image_encoder_is_equal(reference, talk):
+@pytest.mark.parametrize("name", ["two uneven pictures", "a video behind a picture"])
+def test_the_image_encoder_is_equal(reference, talk, name):
     params, config = load_folder(reference.folder)
-    conversation = talk(config)["two uneven pictures"]
+    conversation = talk(config)[name]
     with torch.no_grad():
         output = reference.model.model.visual(torch.tensor(conversation.patches), torch.tensor(conversation.grids))
     expected_MD = output.pooler_output.numpy()
     tower = VisionTower(config.vision, config.text.width)
     positions = np.concatenate([patch_positions(grid) for grid in conversation.grids])
-    segments = np.repeat([1, 2], [int(np.prod(grid)) for grid in conversation.grids]).astype(np.int32)
+    frames = [rows * columns for frames, rows, columns in conversation.grids for _ in range(frames)]
+    segments = np.repeat(np.arange(len(frames), dtype=np.int32) + 1, frames)
     inputs = (conversation.patches[None], positions[None], segments[None])
     found_MD = jax.jit(tower.apply)({"params": params["visual"]}, *inputs)[0]
     assert expected_MD.std() > 0.3
@@ -273,3 +282,13 @@ def test_an_exported_folder_is_opened_to_the_same_model(tmp_path, build, tied):
     assert changed["logits"].std() >= 1
     np.savez(tmp_path / "changed.npz", **changed)
     assert "logits differ by" in check(str(folder), str(tmp_path / "changed.npz"))[0]
+
+
+def test_windows_of_the_tower_are_felt(build, talk, tmp_path):
+    from tests.parity.conftest import tiny_2_5
+
+    params, config = load_folder(build(tiny_2_5(), tmp_path).folder)
+    conversation = talk(config)["two uneven pictures"]
+    arrays, length = row(config, conversation), len(conversation.tokens)
+    unseeing = dataclasses.replace(config, vision=dataclasses.replace(config.vision, window=0, full_layers=()))
+    assert np.abs(ours(unseeing, params, arrays, length) - ours(config, params, arrays, length)).max() >= 100 * LOGITS

@@ -5,7 +5,7 @@ import pytest
 from ain_jax.models.config import tiny
 from ain_jax.models.multimodal import abstract_params
 from ain_jax.weights.export import tensors
-from ain_jax.weights.table import canonical, published, rearrange, rows, sizes, their_shape
+from ain_jax.weights.table import canonical, our_shape, published, rearrange, rows, sizes, their_shape
 
 LETTERS = {"N": 2, "H": 3, "D": 5}
 
@@ -18,19 +18,31 @@ def test_joined_axes_are_split_and_turned():
     assert np.array_equal(rearrange(ours, "(N H) D -> D N H", LETTERS, reverse=True), theirs)
 
 
-@pytest.mark.parametrize("config", [tiny(), tiny(tied=False), tiny(qkv_bias=False), tiny(vision=False)])
+CONFIGS = {
+    "tied": tiny(),
+    "untied": tiny(tied=False),
+    "no biases": tiny(qkv_bias=False),
+    "all biases": tiny(vision=False, o_bias=True, mlp_bias=True),
+    "text": tiny(vision=False),
+    "a turn cut short": tiny(vision=False, layers=8, windows=(4, 4, 0), qk_norm=True, sandwich_norms=True),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_table_and_the_declared_parameters_agree(config):
     shapes = abstract_params(config)
     flat = {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    assert {row.ours for row in rows(config)} == flat.keys()
+    assert {place.path for place in published(config)} == flat.keys()
     letters = sizes(config)
-    for name, row, layer in published(config):
-        one = rearrange(np.empty(their_shape(row, letters)), row.layout, letters)
-        assert one.shape == (flat[row.ours] if layer is None else flat[row.ours][1:]), name
+    for place in published(config):
+        one = rearrange(np.empty(their_shape(place.layout, letters)), place.layout, letters)
+        assert one.shape == our_shape(place.layout, letters)
+        stack = () if place.layers is None else (place.layers,)
+        assert (*stack, *one.shape) == flat[place.path], place.name
 
 
 def test_no_name_and_no_path_stands_twice():
-    names = [name for name, _, _ in published(tiny(tied=False))]
+    names = [place.name for place in published(tiny(tied=False))]
     paths = [row.ours for row in rows(tiny(tied=False))]
     assert len(set(names)) == len(names) and len(set(paths)) == len(paths)
 
