@@ -40,7 +40,7 @@ class Experiment:
     description: str = ""
 
     def __post_init__(self):
-        if self.name != Path(self.name).name or not self.name:
+        if self.name != Path(self.name).name or self.name in ("", ".."):
             raise ValueError(f"name = {self.name!r}: expected the name of a folder, which runs/ will hold")
         if not self.stages:
             raise ValueError("stages = (): expected one stage or more")
