@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ain_jax.data.images import ImageSettings, image_settings, preprocess
+from ain_jax.data.images import ImageSettings, image_settings, open_image, preprocess
 from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions, visual_tokens
+from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles
 from ain_jax.models.attention import attention
-from ain_jax.models.config import ModelConfig
+from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig
 from ain_jax.models.multimodal import MultimodalModel
 
 
@@ -32,14 +33,24 @@ class Prompt:
     tokens_L: Any
     patches_PK: np.ndarray | None = None
     grids: tuple[Grid, ...] = ()
+    # LLaVA-NeXT: for each picture which of its features stands at which placeholder, see `data.tiles.feature_index`.
+    features: tuple[np.ndarray, ...] = ()
     seconds: tuple[float, ...] | None = None  # between two patches in time, of each grid; Qwen2.5-VL alone reads them
 
 
-def prompt_with_images(tokens_L: Sequence[int], images: Iterable[Any], settings: ImageSettings) -> Prompt:
+def prompt_with_images(
+    tokens_L: Sequence[int], images: Iterable[Any], settings: ImageSettings | TileSettings
+) -> Prompt:
     """The prompt of ids that already hold each picture's placeholders; the pictures (PIL or encoded) cut to patches."""
-    cut = [preprocess(image, settings) for image in images]
-    if not cut:
+    images = list(images)
+    if not images:
         return Prompt(np.asarray(tokens_L))
+    if isinstance(settings, TileSettings):
+        opened = [open_image(image) for image in images]
+        patches_PK = np.concatenate([preprocess_tiles(image, settings)[0] for image in opened])
+        features = tuple(feature_index(image.height, image.width, settings) for image in opened)
+        return Prompt(np.asarray(tokens_L), patches_PK, features=features)
+    cut = [preprocess(image, settings) for image in images]
     return Prompt(np.asarray(tokens_L), np.concatenate([patches for patches, _ in cut]), tuple(grid for _, grid in cut))
 
 
@@ -64,7 +75,9 @@ def generate(
     _check(prompts, config, max_new_tokens)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    patches = _bucket(max(0 if prompt.patches_PK is None else len(prompt.patches_PK) for prompt in prompts))
+    unit = config.vision.tile_patches if isinstance(config.vision, ClipConfig) else 1  # whole tiles
+    most = max(0 if prompt.patches_PK is None else len(prompt.patches_PK) for prompt in prompts)
+    patches = unit * _bucket(-(-most // unit))
     shapes = [(_bucket(len(prompt.tokens_L)), 0 if prompt.patches_PK is None else patches) for prompt in prompts]
     B = min(rows, 1 << (len(prompts) - 1).bit_length())
     stop_Z = jnp.asarray([*stop_ids] + [-1] * (8 - len(stop_ids)), jnp.int32)  # of one size, so as not to compile again
@@ -177,10 +190,12 @@ def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: i
         arrays |= {
             "feature_index_BL": np.full((B, L), -1, np.int32),
             "patches_BPK": np.zeros((B, P, config.vision.patch_values), np.float32),
+        }
+    if P and isinstance(config.vision, VisionConfig):
+        arrays |= {
             "patch_positions_BP2": np.zeros((B, P, 2), np.int32),
             "patch_segments_BP": np.zeros((B, P), np.int32),
         }
-    merge = config.vision.merge_size if config.vision else 1
     for row, prompt in enumerate(prompts):
         tokens_L = np.asarray(prompt.tokens_L, np.int32)
         positions_3L = prompt_positions(prompt, config)
@@ -190,24 +205,48 @@ def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: i
         arrays["positions_3BL"][:, row, :length] = positions_3L
         arrays["length_B"][row] = length
         arrays["next_position_B"][row] = positions_3L.max() + 1
-        if prompt.grids:
-            is_image_L = visual_tokens(tokens_L, config.image_token_id, config.video_token_id)
-            patches = np.asarray(prompt.patches_PK)
+        if prompt.patches_PK is None:
+            continue
+        is_image_L = visual_tokens(tokens_L, config.image_token_id, config.video_token_id)
+        patches = len(prompt.patches_PK)
+        arrays["patches_BPK"][row, :patches] = prompt.patches_PK
+        if isinstance(config.vision, VisionConfig):
+            merge = config.vision.merge_size
             grid_positions = np.concatenate([patch_positions(grid, merge) for grid in prompt.grids])
             # Patches see their own frame.
             counts = [rows * columns for frames, rows, columns in prompt.grids for _ in range(frames)]
             arrays["feature_index_BL"][row, :length][is_image_L] = np.arange(is_image_L.sum())
-            arrays["patches_BPK"][row, : len(patches)] = patches
-            arrays["patch_positions_BP2"][row, : len(patches)] = grid_positions
-            arrays["patch_segments_BP"][row, : len(patches)] = np.repeat(np.arange(len(counts)) + 1, counts)
+            arrays["patch_positions_BP2"][row, :patches] = grid_positions
+            arrays["patch_segments_BP"][row, :patches] = np.repeat(np.arange(len(counts)) + 1, counts)
+        else:
+            index_M = row_features(prompt.features, P)
+            if len(index_M) != is_image_L.sum():
+                raise ValueError(
+                    f"{is_image_L.sum()} image tokens, but the {len(prompt.features)} pictures take {len(index_M)}"
+                )
+            arrays["feature_index_BL"][row, :length][is_image_L] = index_M
     return arrays
+
+
+def row_features(features: Sequence[np.ndarray], P: int) -> np.ndarray:
+    """`feature_index` of each picture of a row of P patches: counted on over the pictures, P for the end of a line.
+
+    Pictures of 4 and 2 patches in a row of 8, each with one line end behind: 0 1 2 3 8 4 5 8
+    """
+    moved, first = [], 0
+    for index_M in features:
+        own = int(index_M.max())  # the picture's patches; every picture has a line end
+        moved.append(np.where(index_M == own, P, index_M + first))
+        first += own
+    return np.concatenate(moved)
 
 
 def prompt_positions(prompt: Prompt, config: ModelConfig) -> np.ndarray:
     """positions_3L of a prompt, as its model counts them."""
     tokens_L = np.asarray(prompt.tokens_L, np.int32)
-    if config.vision is None:
+    if config.text.mrope_section is None:
         return np.tile(np.arange(len(tokens_L), dtype=np.int32), (3, 1))
+    assert isinstance(config.vision, VisionConfig), "M-RoPE counts the patches of Qwen's tower"
     intervals = None
     if rate := config.vision.tokens_per_second:
         seconds = prompt.seconds or (1.0,) * len(prompt.grids)
@@ -236,9 +275,9 @@ def _check(prompts: Sequence[Prompt], config: ModelConfig, max_new_tokens: int) 
         if tokens_L.min() < 0 or tokens_L.max() >= config.text.vocabulary:
             faults.append(f"prompt {i} holds ids outside 0 to {config.text.vocabulary - 1}")
         given = 0 if prompt.patches_PK is None else len(prompt.patches_PK)
-        expected = sum(int(np.prod(grid)) for grid in prompt.grids)
+        expected = sum(int(np.prod(grid)) for grid in prompt.grids) + sum(int(f.max()) for f in prompt.features)
         if given != expected or (given and config.vision is None):
-            faults.append(f"prompt {i} has {given} patches, but its grids {prompt.grids} have {expected}")
+            faults.append(f"prompt {i} has {given} patches, but its pictures have {expected}")
     if faults:
         raise ValueError("generate: " + "; ".join(faults))
 

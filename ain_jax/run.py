@@ -70,11 +70,11 @@ def main(
     asked = arguments(argv, description)
     try:
         path = find_experiment(asked.exp, experiments)
-        from ain_jax import stages  # imports jax: a mistyped name is told before that
+        from ain_jax.stages import registry  # imports jax: a mistyped name is told before that
 
         bindings = read_bindings(path)
         overrides = [parse_override(text) for text in asked.overrides]
-        resolved = resolve(bindings, stages.SETTINGS, overrides)
+        resolved = resolve(bindings, registry.SETTINGS, overrides)
         if asked.stage and asked.stage not in resolved.experiment.stages:
             known = resolved.experiment.stages
             raise ExperimentError(
@@ -97,7 +97,8 @@ def main(
 
 def run(resolved: Resolved, root: Path, only: str | None = None) -> int:
     """Run the stages in order, or one of them; write the summary and the report when all are finished."""
-    from ain_jax import report, stages
+    from ain_jax import report
+    from ain_jax.stages import registry
 
     order = resolved.experiment.stages
     _check_folder(resolved, root)
@@ -116,7 +117,7 @@ def run(resolved: Resolved, root: Path, only: str | None = None) -> int:
         _write_text(here / "config.gin", "\n".join(_lines(resolved, stage)) + "\n")
         began = time.monotonic()
         try:
-            numbers = stages.RUN[stage](stages.StageRun(resolved, root, stage))
+            numbers = registry.RUN[stage](registry.StageRun(resolved, root, stage))
         except BaseException:
             if [p.name for p in here.iterdir()] == ["config.gin"]:  # refused before it began: nothing holds it to that
                 (here / "config.gin").unlink()

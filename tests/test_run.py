@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from ain_jax import report, run, stages
+from ain_jax import report, run
+from ain_jax.stages import registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,8 @@ def done(monkeypatch, tmp_path):
         (stage.folder / "work").write_text("begun")
         return {"steps": stage.get(Trainer).steps, "seed": stage.seed("training")}
 
-    monkeypatch.setattr(stages, "SETTINGS", dict(SETTINGS))
-    monkeypatch.setattr(stages, "RUN", dict.fromkeys(SETTINGS, stub))
+    monkeypatch.setattr(registry, "SETTINGS", dict(SETTINGS))
+    monkeypatch.setattr(registry, "RUN", dict.fromkeys(SETTINGS, stub))
     monkeypatch.setattr(report, "print_stage", lambda *_: None)
     monkeypatch.setattr(report, "print_table", lambda *_: None)
     monkeypatch.setattr(report, "write", lambda summary, root, resolved: root / "report.html")
@@ -88,7 +89,7 @@ def test_an_interrupted_stage_is_run_again_and_those_before_it_are_not(go, done,
         raise KeyboardInterrupt("saved at step 3 of 6")
 
     with monkeypatch.context() as patched:
-        patched.setitem(stages.RUN, "second", interrupted)
+        patched.setitem(registry.RUN, "second", interrupted)
         status, _, err = go()
     assert status == 130 and "interrupted (saved at step 3 of 6); the same command goes on from there" in err
     assert not (tmp_path / "run" / "second" / "result.json").exists()
@@ -119,7 +120,7 @@ def test_a_change_behind_a_number_sign_is_seen(go, monkeypatch, tmp_path):
     class Text:
         value: str = "a  # b"
 
-    monkeypatch.setitem(stages.SETTINGS, "first", (Trainer, Text))
+    monkeypatch.setitem(registry.SETTINGS, "first", (Trainer, Text))
     assert go()[0] == 0
     assert go("--set", "first/Text.value='a  # c'")[0] == 1
     assert go()[0] == 0
@@ -131,7 +132,7 @@ def test_a_fault_is_told_in_one_line_and_leaves_what_was_done(go, done, monkeypa
         (stage.folder / "work").write_text("half")
         raise fault
 
-    monkeypatch.setitem(stages.RUN, "second", faulty)
+    monkeypatch.setitem(registry.RUN, "second", faulty)
     status, _, err = go()
     assert status == 1 and err.endswith("ain_jax: a fault\n") and "Traceback" not in err
     assert (tmp_path / "run" / "first" / "result.json").exists()
@@ -143,7 +144,7 @@ def test_a_stage_refused_before_it_did_anything_is_not_held_to_its_settings(go, 
         raise ValueError("no such file")
 
     with monkeypatch.context() as patched:
-        patched.setitem(stages.RUN, "first", refusing)
+        patched.setitem(registry.RUN, "first", refusing)
         assert go()[0] == 1
     assert go("--set", "Trainer.steps=5")[0] == 0
 

@@ -57,7 +57,7 @@ class Examples:
             columns.append(np.diff(total[starts_S[self.first_E]]))
         return np.stack(columns, axis=1)
 
-    def segments(self, example: int, image_token: int, settings: images.ImageSettings | None) -> list[Segment]:
+    def segments(self, example: int, image_token: int | None, settings: images.ImageSettings | None) -> list[Segment]:
         """The segments of one example, its pictures decoded."""
         result = []
         for s in range(self.first_E[example], self.first_E[example + 1]):

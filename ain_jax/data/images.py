@@ -1,7 +1,9 @@
-"""Picture -> patches, grid and number of placeholder tokens; equal to Qwen2-VL's processor bit for bit."""
+"""Picture or video -> patches, grid and number of placeholder tokens; equal to Qwen2-VL's processor bit for bit."""
 
+import dataclasses
 import io
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -79,8 +81,30 @@ def placeholder_tokens(width: int, height: int, settings: ImageSettings) -> int:
     return feature_count(image_grid(width, height, settings), settings.merge_size)
 
 
+def video_grid(frames: int, width: int, height: int, settings: ImageSettings) -> Grid:
+    """(groups of frames, patch rows, patch columns): 5 frames in groups of 2 make 3, the last one being repeated."""
+    return -(-frames // settings.temporal_patch_size), *image_grid(width, height, settings)[1:]
+
+
+def share_pixels(settings: ImageSettings, frames: int, video_tokens: int = 128_000) -> ImageSettings:
+    """The settings for each of so many frames, when the whole video may take nine tenths of `video_tokens`.
+
+    The rule of qwen-vl-utils, and of transformers' `cap_pixels_per_frame`: a frame's max_pixels is at most its even
+    share, and never less than 1.05 min_pixels. Without it a frame may be as large as a still picture.
+
+    factor 28, groups of 2, min 100,352, max 602,112:  100 frames -> 602,112;  800 -> 225,792;  9000 -> 105,369
+    """
+    budget = int(video_tokens * settings.factor**2 * 0.9)
+    share = min(settings.max_pixels, budget * settings.temporal_patch_size // frames)
+    return dataclasses.replace(settings, max_pixels=max(share, int(settings.min_pixels * 1.05)))
+
+
 def open_image(image: Image.Image | bytes) -> Image.Image:
-    """The picture; an encoded one is opened, not yet decoded, so that its size costs little."""
+    """The picture; an encoded one is opened, not yet decoded, so that its size costs little.
+
+    A camera's note that the picture is to be turned is not followed, as transformers' processors do not either (its
+    `load_image` does, before them): turn with `PIL.ImageOps.exif_transpose` where records are written.
+    """
     if isinstance(image, Image.Image):
         return image
     try:
@@ -96,13 +120,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The picture in three colours, transparent parts on white, as transformers 5 does it.
 
     transformers 4.51 drops the transparency instead and shows what lies under it: for the same pixels everywhere,
-    hand on pictures without transparency.
+    hand on pictures without transparency. Pictures of 16 bits are clipped at 255, not scaled, there as here.
     """
     try:
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # converting to the same mode would copy
     except (OSError, SyntaxError) as error:
         raise ValueError(f"a broken picture of {image.size[0]} x {image.size[1]} pixels: {error}") from error
 
@@ -113,24 +138,57 @@ def preprocess(image: Image.Image | bytes, settings: ImageSettings) -> tuple[np.
     C holds colour, frame, row, column, the slowest first; the frames of a still picture are equal.
     """
     picture = to_rgb(open_image(image))
-    height, width = smart_resize(picture.height, picture.width, settings)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    p, m = settings.patch_size, settings.merge_size
-    rows, columns = height // p, width // p
-    blocks = np.asarray(picture).reshape(rows // m, m, p, columns // m, m, p, 3)
-    # block row, block column, row in block, column in block, colour, pixel row, pixel column
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, 1, p, p)
-    table = _normalised(settings.mean, settings.std)
-    patches = np.stack([table[colour][blocks[:, colour]] for colour in range(3)], axis=1)
-    patches = np.broadcast_to(patches, (rows * columns, 3, settings.temporal_patch_size, p, p))
-    return patches.reshape(rows * columns, settings.patch_values), (1, rows, columns)
+    grid = image_grid(picture.width, picture.height, settings)
+    return _cut([_resized(picture, grid, settings)], grid, settings), grid
+
+
+def preprocess_frames(frames: Sequence[Image.Image | bytes], settings: ImageSettings) -> tuple[np.ndarray, Grid]:
+    """(patches_PK float32, grid) of a video: temporal_patch_size frames make one patch, the last is repeated to fill.
+
+    The settings are those of `video_preprocessor_config.json`, or the pictures' where a model has none, as in
+    transformers; `share_pixels` bounds a long video. Frames of different sizes are refused: all would silently be
+    stretched to the shape of the first.
+    """
+    if not frames:
+        raise ValueError("a video without frames; expected one or more")
+    width, height = open_image(frames[0]).size
+    for number, frame in enumerate(frames):
+        size = open_image(frame).size
+        if size != (width, height):
+            raise ValueError(
+                f"frame {number} of a video has {size[0]} x {size[1]} pixels and frame 0 has {width} x {height}; "
+                "expected one size for all frames"
+            )
+    grid = video_grid(len(frames), width, height, settings)
+    return _cut((_resized(to_rgb(open_image(frame)), grid, settings) for frame in frames), grid, settings), grid
+
+
+def _resized(picture: Image.Image, grid: Grid, settings: ImageSettings) -> np.ndarray:
+    """Bytes of row, column, colour: as large as the grid's patches together."""
+    size = grid[2] * settings.patch_size, grid[1] * settings.patch_size
+    return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
+
+
+def _cut(frames: Iterable[np.ndarray], grid: Grid, settings: ImageSettings) -> np.ndarray:
+    """patches_PK float32, normalised, in merge-block order."""
+    p, m, together = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    groups, rows, columns = grid
+    table = normalised(settings.mean, settings.std)
+    # group of frames, block row, block column, row in block, column in block, colour, frame, pixel row, pixel column
+    patches = np.empty((groups, rows // m, columns // m, m, m, 3, together, p, p), np.float32)
+    for number, frame in enumerate(frames):
+        group, at = divmod(number, together)
+        for colour in range(3):
+            values = table[colour].take(frame[..., colour]).reshape(rows // m, m, p, columns // m, m, p)
+            # Also into the places of the frames that follow: they overwrite it, or the last frame stays there.
+            patches[group, ..., colour, at:, :, :] = values.transpose(0, 3, 1, 4, 2, 5)[..., None, :, :]
+    return patches.reshape(groups * rows * columns, settings.patch_values)
 
 
 @lru_cache
-def _normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """The value of each byte in each colour, rounded where the published processor rounds."""
-    unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+def normalised(mean: tuple[float, ...], std: tuple[float, ...], rescale: float = 1 / 255) -> np.ndarray:
+    """(3, 256): the value of each byte in each colour, rounded where the published processors round."""
+    unit = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)
     means, stds = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
     return (unit[None] - means) / stds
 
@@ -164,6 +222,16 @@ def image_settings(config: dict[str, Any]) -> ImageSettings:
     if not kind.startswith("Qwen2VLImageProcessor"):
         raise ValueError(f"preprocessor_config.json: image_processor_type={kind!r}; expected 'Qwen2VLImageProcessor'")
     default = ImageSettings()
+    fixed = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "resample": int(Image.Resampling.BICUBIC),
+        "rescale_factor": 1 / 255,
+    }
+    read = {"size", "patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels"}
+    refuse(config_faults(config, read | {"image_mean", "image_std"}, fixed))
     return ImageSettings(
         patch_size=config.get("patch_size", default.patch_size),
         merge_size=config.get("merge_size", default.merge_size),
@@ -173,3 +241,40 @@ def image_settings(config: dict[str, Any]) -> ImageSettings:
         mean=tuple(config.get("image_mean", default.mean)),
         std=tuple(config.get("image_std", default.std)),
     )
+
+
+# Attributes of a preprocessor_config.json that leave a picture's pixels as they are, whatever their value.
+WITHOUT_EFFECT = (
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "_processor_class",
+    "_valid_processor_keys",
+    "return_tensors",
+    "device",
+    "disable_grouping",
+    "default_to_square",
+)
+
+
+def config_faults(config: dict[str, Any], read: Iterable[str], fixed: dict[str, Any]) -> list[str]:
+    """What a `preprocessor_config.json` asks for and we do not do: nothing unknown, the fixed ones at their value.
+
+    An attribute that is null says nothing.
+    """
+    fixed = {"data_format": "channels_first", **fixed}
+    read = {*read, *WITHOUT_EFFECT}
+    return [
+        f"{name}={value!r}" + (f" (expected {fixed[name]!r})" if name in fixed else " (unknown)")
+        for name, value in config.items()
+        if value is not None and name not in read and (name not in fixed or value != fixed[name])
+    ]
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Nothing, or one ValueError which names every fault."""
+    if faults:
+        raise ValueError(
+            "preprocessor_config.json asks for what is not done here, so that the pixels would differ: "
+            + "; ".join(faults)
+        )

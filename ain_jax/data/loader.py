@@ -22,7 +22,7 @@ class Rows:
     plan: PackPlan
     sources: Sequence[Examples]
     packing: Packing
-    image_token: int
+    image_token: int | None  # None: a model without an image encoder
     images: ImageSettings | None
     pairs: bool = False
     reference_RN2: np.ndarray | None = None  # log-probabilities under the frozen policy, by row

@@ -185,12 +185,63 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of CLIP's image encoder as LLaVA-NeXT uses it: square tiles, one feature for each patch."""
+
+    width: int = 1024  # E
+    layers: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    tile: int = 336  # pixels on a side
+    patch_size: int = 14
+    channels: int = 3
+    norm_eps: float = 1e-5
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
+    feature_layer: int = -2  # whose output is taken; 0 is the embedding, -1 the last layer
+    pinpoints: tuple[tuple[int, int], ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one flattened patch, K = channels x height x width."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def tile_patches(self) -> int:
+        """Patches of one tile."""
+        return (self.tile // self.patch_size) ** 2
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    def stacks(self) -> list[tuple[str, int, bool]]:
+        """(name in the parameters, layers, whether they are run) of each stack of layers."""
+        used = self.feature_layer if self.feature_layer >= 0 else self.layers + 1 + self.feature_layer
+        stacks = [("layers", used, True), ("last_layers", self.layers - used, False)]
+        return [stack for stack in stacks if stack[1]]
+
+    def __post_init__(self):
+        object.__setattr__(self, "pinpoints", tuple(tuple(p) for p in self.pinpoints))
+        faults = []
+        if self.width % self.heads:
+            faults.append(f"width={self.width} is no multiple of heads={self.heads}")
+        if self.tile % self.patch_size:
+            faults.append(f"tile={self.tile} is no multiple of patch_size={self.patch_size}")
+        if not -self.layers <= self.feature_layer + 1 <= self.layers + 1:
+            faults.append(f"feature_layer={self.feature_layer} lies outside {self.layers} layers")
+        if bad := [p for p in self.pinpoints if p[0] % self.tile or p[1] % self.tile]:
+            faults.append(f"pinpoints {bad} are no multiples of the tile of {self.tile} pixels")
+        _stop("ClipConfig", faults)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder, perhaps with an image encoder, and the ids that join the two."""
 
     text: TextConfig
-    vision: VisionConfig | None = None
+    vision: VisionConfig | ClipConfig | None = None
     family: str = "qwen2_vl"  # the published architecture, a name in `hf_config.FAMILIES`
+    text_family: str = ""  # LLaVA-NeXT: the architecture of its decoder
     image_token_id: int | None = None
     video_token_id: int | None = None
     vision_start_token_id: int | None = None
@@ -298,6 +349,16 @@ def qwen2_vl_7b() -> ModelConfig:
     )
 
 
+def pangea_7b() -> ModelConfig:
+    """Pangea-7B: CLIP ViT-L/14-336 and Qwen2-7B-Instruct, joined as LLaVA-NeXT (arXiv 2410.16153, section 4).
+
+    Its tokenizer has no placeholder for pictures; here it takes the first row that the base leaves free.
+    """
+    text = qwen2_7b().text
+    ids = {"bos_token_id": 151643, "eos_token_id": 151645, "image_token_id": 151646}
+    return ModelConfig(text, ClipConfig(), "llava_next", "qwen2", **ids)
+
+
 def _size(family: str, size: str, sizes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     if size not in sizes:
         raise ValueError(f"no {family} of size {size!r}; expected one of {', '.join(sizes)}")
@@ -339,7 +400,8 @@ def from_hf(attributes: dict[str, Any]) -> ModelConfig:
     text, vision = found.pop("text"), found.pop("vision")
     if text["rope_scaling"] is not None:
         text["rope_scaling"] = RopeScaling(**text["rope_scaling"])
-    return ModelConfig(TextConfig(**text), VisionConfig(**vision) if vision else None, **found)
+    tower = ClipConfig if found["family"] == "llava_next" else VisionConfig
+    return ModelConfig(TextConfig(**text), tower(**vision) if vision else None, **found)
 
 
 def to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -184,23 +184,99 @@ FAMILIES = {
 MROPE_SECTION = (16, 24, 24)
 
 
+# LLaVA-NeXT: an encoder of CLIP, a projector, and a decoder of one of these families with a config of its own.
+LLAVA_NEXT = "llava_next"
+LLAVA_TEXTS = ("llama", "mistral", "qwen2")
+CLIP = {
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "image_size": "tile",
+    "patch_size": "patch_size",
+    "num_channels": "channels",
+    "layer_norm_eps": "norm_eps",
+    "hidden_act": "activation",
+}
+CLIP_DEFAULTS = dict(zip(CLIP, (1024, 24, 16, 4096, 336, 14, 3, 1e-5, "quick_gelu"), strict=True))
+CLIP_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+LLAVA_ONLY = {
+    "projector_hidden_act": ("gelu",),
+    "vision_feature_select_strategy": ("default",),
+    "multimodal_projector_bias": (True,),
+    "use_image_newline_parameter": (True,),
+}
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+SILENT_LLAVA = {"image_seq_length", "ignore_index", "image_token_index", "image_token_id", "image_grid_pinpoints"}
+SILENT_LLAVA |= {"vision_feature_layer", "tie_word_embeddings", "vocab_size", "hidden_size", "projection_dim"}
+SILENT_CLIP = {"projection_dim", "initializer_factor", "vocab_size"}
+
+
 def read(attributes: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `ModelConfig`, its text and vision as dicts, from the flat layout or that of transformers 5."""
     name = attributes.get("model_type")
+    if name == LLAVA_NEXT:
+        return _read_llava(attributes)
     if name not in FAMILIES:
-        raise ValueError(f"config.json has model_type={name!r}: {nearest(str(name), list(FAMILIES))}")
+        raise ValueError(
+            f"config.json has model_type={name!r}: {nearest(str(name), [*FAMILIES, LLAVA_NEXT])}; a newer family needs "
+            "a newer ain_jax"
+        )
     family = FAMILIES[name]
     inner = attributes.get("text_config") or {}
     flat = attributes | inner
     # In the nested layout the outer value counts for the head; the inner one is a default that says nothing.
     tied = [a["tie_word_embeddings"] for a in (attributes, inner) if "tie_word_embeddings" in a]
     flat["tie_word_embeddings"] = any(tied) if tied else family.text["tie_word_embeddings"]
-    known = {*family.text, *IDS, *_window_names(family), *_rope_names(family)}
-    known |= set(VISION_IDS) if family.vision else set()
-    faults = _faults(flat, family.only, known | SILENT, "")
+    faults: list[str] = []
     if inner.get("model_type", name) not in (name, f"{name}_text"):
         faults.append(f"text_config.model_type={inner['model_type']!r}; expected {name}_text")
+    text = _text(family, flat, faults)
+    vision = _vision(family, attributes.get("vision_config") or {}, text, faults) if family.vision else None
+    _stop(name, faults)
+    ids = {k: flat.get(k, default) for k, default in family.ids.items()}
+    return {"family": name, "text": text, "vision": vision, **ids}
 
+
+def _read_llava(attributes: dict[str, Any]) -> dict[str, Any]:
+    inner: dict[str, Any] = dict(attributes.get("text_config") or {"model_type": "llama"})
+    name = inner.get("model_type")
+    if name not in LLAVA_TEXTS:
+        raise ValueError(f"text_config.model_type={name!r} in a llava_next: expected one of {', '.join(LLAVA_TEXTS)}")
+    family = FAMILIES[name]
+    faults = _faults(attributes, LLAVA_ONLY, {*SILENT, *SILENT_LLAVA, *IDS}, "")
+    if attributes.get("tie_word_embeddings"):
+        inner["tie_word_embeddings"] = True
+    text = _text(family, inner, faults)
+    given = attributes.get("vision_config") or {}
+    only = NO_DROPOUT | {"model_type": ("clip_vision_model",)}
+    faults += _faults(given, only, {*CLIP, *SILENT_VISION, *SILENT_CLIP}, "vision_config.")
+    vision = {ours: (CLIP_DEFAULTS | given)[theirs] for theirs, ours in CLIP.items()}
+    if vision["activation"] in CLIP_ACTIVATIONS:
+        vision["activation"] = CLIP_ACTIVATIONS[vision["activation"]]
+    else:
+        faults.append(f"vision_config.hidden_act={vision['activation']!r}; expected {', '.join(CLIP_ACTIVATIONS)}")
+    layer = attributes.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        faults.append(f"vision_feature_layer={layer!r}; expected one layer")
+    _stop(LLAVA_NEXT, faults)
+    vision |= {"feature_layer": layer, "pinpoints": attributes.get("image_grid_pinpoints") or PINPOINTS}
+    outer = {k: attributes[k] for k in IDS if attributes.get(k) is not None}
+    ids = {k: (inner | outer).get(k, default) for k, default in family.ids.items()}
+    ids["image_token_id"] = attributes.get("image_token_id", attributes.get("image_token_index", 32000))
+    return {"family": LLAVA_NEXT, "text_family": name, "text": text, "vision": vision, **ids}
+
+
+def _stop(name: str, faults: list[str]) -> None:
+    if faults:
+        raise ValueError(f"config.json describes a {name} that ain_jax does not build: " + "; ".join(faults))
+
+
+def _text(family: Family, flat: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    """Arguments of `TextConfig`."""
+    known = {*family.text, *IDS, *_window_names(family), *_rope_names(family)}
+    known |= set(VISION_IDS) if family.vision else set()
+    faults += _faults(flat, family.only, known | SILENT, "")
     given = dict(family.text) | {k: v for k, v in flat.items() if k in family.text}
     text = {TEXT[k]: v for k, v in given.items() if k in TEXT} | dict(family.fixed)
     if text["activation"] in ACTIVATIONS:
@@ -215,12 +291,7 @@ def read(attributes: dict[str, Any]) -> dict[str, Any]:
         if remainder:
             faults.append(f"hidden_size={text['width']} is no multiple of num_attention_heads={text['heads']}")
     text["windows"] = _windows(family, flat, text["layers"], faults)
-    text |= _rope(family, flat, text, faults)
-    vision = _vision(family, attributes.get("vision_config") or {}, text, faults) if family.vision else None
-    if faults:
-        raise ValueError(f"config.json describes a {name} that ain_jax does not build: " + "; ".join(faults))
-    ids = {k: flat.get(k, default) for k, default in family.ids.items()}
-    return {"family": name, "text": text, "vision": vision, **ids}
+    return text | _rope(family, flat, text, faults)
 
 
 def _vision(family: Family, given: dict[str, Any], text: dict[str, Any], faults: list[str]) -> dict[str, Any]:
@@ -367,31 +438,68 @@ def _faults(given: Mapping[str, Any], only: Mapping[str, tuple], known: set[str]
 
 
 def write(config: Any, dtype: str) -> dict[str, Any]:
-    """The flat published layout. Rotary settings stand in both spellings; each transformers version reads its own."""
-    text, family = config.text, FAMILIES[config.family]
-    if "head_dim" not in family.text and text.head_width * text.heads != text.width:
-        ratio = text.width / text.heads
-        raise ValueError(f"head_width={text.head_width}, but a {config.family} has width / heads = {ratio:g}")
-    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[text.activation]
-    written: dict[str, Any] = {"architectures": [family.architecture], "model_type": config.family}
-    for name in family.text:
-        written[name] = activation if TEXT.get(name) == "activation" else getattr(text, TEXT.get(name, "qkv_bias"))
-    if config.family == "gemma":
-        written["hidden_activation"] = activation
-    if "query_pre_attn_scalar" in written and text.query_scale is None:
-        written["query_pre_attn_scalar"] = text.head_width
-    written |= {"attention_dropout": 0.0, "use_cache": True, "initializer_range": 0.02}
-    written |= _written_windows(family, text) | _written_rope(family, text)
+    """The published layout. Rotary settings stand in both spellings; each transformers version reads its own."""
+    if config.family == LLAVA_NEXT:
+        return _write_llava(config, dtype)
+    family = FAMILIES[config.family]
+    written = {"architectures": [family.architecture], **_written_text(config.family, config.text)}
     if family.vision:
         if config.vision is None:
             raise ValueError(f"a {config.family} has an image encoder; give the config a vision part to export it")
         written["vision_config"] = _written_vision(config, family)
-    written["torch_dtype"] = dtype
-    # Ids that we lack are written as null: left out, transformers would put those of the published vocabulary.
-    for name in family.ids:
-        value = getattr(config, name)
-        written[name] = list(value) if isinstance(value, tuple) else value
-    return written
+    return written | {"torch_dtype": dtype} | _written_ids(config, family)
+
+
+def _written_ids(config: Any, family: Family) -> dict[str, Any]:
+    """Ids that we lack are written as null: left out, transformers would put those of the published vocabulary."""
+    values = {name: getattr(config, name) for name in family.ids}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _written_text(name: str, text: Any) -> dict[str, Any]:
+    family = FAMILIES[name]
+    if "head_dim" not in family.text and text.head_width * text.heads != text.width:
+        ratio = text.width / text.heads
+        raise ValueError(f"head_width={text.head_width}, but a {name} has width / heads = {ratio:g}")
+    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[text.activation]
+    written: dict[str, Any] = {"model_type": name}
+    for theirs in family.text:
+        ours = TEXT.get(theirs, "qkv_bias")
+        written[theirs] = activation if ours == "activation" else getattr(text, ours)
+    if name == "gemma":
+        written["hidden_activation"] = activation
+    if "query_pre_attn_scalar" in written and text.query_scale is None:
+        written["query_pre_attn_scalar"] = text.head_width
+    written |= {"attention_dropout": 0.0, "use_cache": True, "initializer_range": 0.02}
+    return written | _written_windows(family, text) | _written_rope(family, text)
+
+
+def _write_llava(config: Any, dtype: str) -> dict[str, Any]:
+    if config.text_family not in LLAVA_TEXTS:
+        raise ValueError(
+            f"text_family={config.text_family!r} in a llava_next: expected one of {', '.join(LLAVA_TEXTS)}"
+        )
+    family, vision = FAMILIES[config.text_family], config.vision
+    tower = {theirs: getattr(vision, ours) for theirs, ours in CLIP.items()}
+    tower["hidden_act"] = {ours: theirs for theirs, ours in CLIP_ACTIVATIONS.items()}[vision.activation]
+    text = _written_text(config.text_family, config.text) | _written_ids(config, family)
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": LLAVA_NEXT,
+        "text_config": {"architectures": [family.architecture], **text, "torch_dtype": dtype},
+        "vision_config": {"model_type": "clip_vision_model", **tower, "projection_dim": 768, "attention_dropout": 0.0},
+        "image_token_index": config.image_token_id,
+        "image_grid_pinpoints": [list(pinpoint) for pinpoint in vision.pinpoints],
+        "image_seq_length": vision.tile_patches,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": vision.feature_layer,
+        "vision_feature_select_strategy": "default",
+        "use_image_newline_parameter": True,
+        "tie_word_embeddings": config.text.tied,
+        "torch_dtype": dtype,
+        **_written_ids(config, family),
+    }
 
 
 def _written_windows(family: Family, text: Any) -> dict[str, Any]:

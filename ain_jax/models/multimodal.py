@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ain_jax.models.attention import attention
-from ain_jax.models.config import ModelConfig
+from ain_jax.models.clip import TileFeatures
+from ain_jax.models.config import ClipConfig, ModelConfig
 from ain_jax.models.layers import Declared, Embedding
 from ain_jax.models.text import Attend, Decoder
 from ain_jax.models.vision import VisionTower
@@ -37,7 +38,9 @@ class MultimodalModel(nn.Module):
     def setup(self):
         c = self.config
         self.model = Decoder(c.text, self.dtype, self.remat)
-        if c.vision:
+        if isinstance(c.vision, ClipConfig):
+            self.visual = TileFeatures(c.vision, c.text.width, self.dtype, self.remat)
+        elif c.vision:
             self.visual = VisionTower(c.vision, c.text.width, self.dtype, self.remat, self.longest_image)
         if not c.text.tied:
             self.lm_head = Embedding(c.text.vocabulary, c.text.width, stddev=c.text.width**-0.5, dtype=self.dtype)
@@ -74,7 +77,9 @@ class MultimodalModel(nn.Module):
         assert feature_index_BL is not None, "patches without the places of their features"
         if not self.config.vision:
             raise ValueError("patches were given to a model without an image encoder; use a config with vision")
-        features_BMD = self.visual(patches_BPK, patch_positions_BP2, patch_segments_BP)
+        tower: Any = self.visual
+        places = () if isinstance(self.config.vision, ClipConfig) else (patch_positions_BP2, patch_segments_BP)
+        features_BMD = tower(patches_BPK, *places)
         chosen_BLD = jnp.take_along_axis(features_BMD, jnp.maximum(feature_index_BL, 0)[:, :, None], axis=1)
         return jnp.where(feature_index_BL[:, :, None] >= 0, chosen_BLD, x_BLD)
 
@@ -137,7 +142,7 @@ def _declarations(config: ModelConfig) -> dict[str, Any]:
     one_BL = jnp.zeros((1, 1), jnp.int32)
     batch: list[Any] = [one_BL, one_BL, jnp.zeros((3, 1, 1), jnp.int32)]
     if config.vision:
-        P = config.vision.merge_size**2
+        P = config.vision.tile_patches if isinstance(config.vision, ClipConfig) else config.vision.merge_size**2
         patches = jnp.zeros((1, P, config.vision.patch_values), jnp.float32)
         batch += [one_BL, patches, jnp.zeros((1, P, 2), jnp.int32), jnp.zeros((1, P), jnp.int32)]
     model = MultimodalModel(config)

@@ -98,7 +98,7 @@ class StageRun:
     def config(self) -> ModelConfig:
         """The model's sizes, joined with the tokenizer's ids."""
         m, images = self.get(Model), self.get(ImageSettings)
-        ids = {
+        ids: dict[str, Any] = {
             f"{name}_token_id": self.token(f"<|{token}|>")
             for name, token in (
                 ("image", "image_pad"),
@@ -215,9 +215,9 @@ class StageRun:
         drawn = init_params(self.config, key)
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), drawn, self.layout())
 
-    def trained_params(self, stage: str) -> Any:
-        """The parameters that a stage ended with."""
-        return checkpoint.load_params(self.root / stage / "checkpoints", self.layout())
+    def trained_params(self, stage: str, step: int | None = None) -> Any:
+        """The parameters that a stage ended with, or had at a step whose checkpoint is kept."""
+        return checkpoint.load_params(self.root / stage / "checkpoints", self.layout(), step)
 
     def starting_params(self) -> Any:
         """The parameters that this stage begins with."""

@@ -39,6 +39,10 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
+    def steps(self) -> list[int]:
+        """The steps of the finished checkpoints, in their order."""
+        return sorted(one.step for one in self._checkpointer.checkpoints)
+
     def save(self, state: TrainState, marks: Mapping[str, str], wait: bool = False) -> None:
         """Begin to write the state; `marks` (fingerprints of the data and the tokenizer) travel with it."""
         step = int(state.step)
@@ -78,14 +82,19 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def load_params(folder: Path, like: Any) -> Any:
-    """The parameters of the newest checkpoint in a folder, laid out as `like`; the optimiser state is not read."""
+def load_params(folder: Path, like: Any, step: int | None = None) -> Any:
+    """The parameters of the checkpoint at a step, or of the newest, laid out as `like`.
+
+    The optimiser state is not read.
+    """
     checkpoints = Checkpoints(folder) if folder.is_dir() else None
-    step = checkpoints.latest() if checkpoints else None
-    if checkpoints is None or step is None:
+    steps = checkpoints.steps() if checkpoints else []
+    if checkpoints is None or not steps:
         raise ValueError(f"{folder} holds no checkpoint; run the stage that writes it first")
     try:
-        return checkpoints.load_params(step, like)
+        if step is not None and step not in steps:
+            raise ValueError(f"{folder} holds no checkpoint of step {step}; kept are {', '.join(map(str, steps))}")
+        return checkpoints.load_params(steps[-1] if step is None else step, like)
     finally:
         checkpoints.close()
 

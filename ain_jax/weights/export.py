@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from ain_jax.data import tiles
 from ain_jax.data.images import ImageSettings, preprocessor_config
-from ain_jax.models.config import ModelConfig, to_hf
+from ain_jax.data.tiles import TileSettings
+from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig, to_hf
 from ain_jax.weights.table import published, rearrange, sizes
 
 SHARD_BYTES = 5_000_000_000
@@ -33,7 +35,7 @@ def export_folder(
     params: dict[str, Any],
     config: ModelConfig,
     tokenizer_dir: str | Path,
-    image_settings: ImageSettings,
+    image_settings: ImageSettings | TileSettings | None,
     out_dir: str | Path,
     *,
     model_card: str = "",
@@ -52,11 +54,16 @@ def export_folder(
         dtype = write_weights(params, config, beside, shard_bytes)
         write_json(beside / "config.json", to_hf(config, dtype))
         write_json(beside / "generation_config.json", generation_config(config))
-        write_json(beside / "preprocessor_config.json", preprocessor_config(image_settings))
+        if isinstance(config.vision, ClipConfig) and isinstance(image_settings, TileSettings):
+            write_json(beside / "preprocessor_config.json", tiles.preprocessor_config(image_settings))
+            write_json(beside / "processor_config.json", llava_processor(config.vision))
+        elif config.vision and isinstance(image_settings, ImageSettings):
+            write_json(beside / "preprocessor_config.json", preprocessor_config(image_settings))
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).exists():
                 shutil.copyfile(tokenizer_dir / name, beside / name)
-        (beside / "README.md").write_text(model_card or card("A model trained with ain_jax"), encoding="utf-8")
+        text = model_card or card("A model trained with ain_jax", pictures=config.vision is not None)
+        (beside / "README.md").write_text(text + _usage(config), encoding="utf-8")
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -118,12 +125,17 @@ def tensors(params: dict[str, Any], config: ModelConfig, check_only: bool = Fals
 def generation_config(config: ModelConfig) -> dict[str, Any]:
     """`generation_config.json`: greedy, ending where a turn ends."""
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if isinstance(config.eos_token_id, tuple):
+        ids["eos_token_id"] = list(config.eos_token_id)
     return {"do_sample": False} | {name: value for name, value in ids.items() if value is not None}
 
 
-def card(title: str, base: str = "", licence: str = "", data: str = "", experiment: str = "") -> str:
+def card(
+    title: str, base: str = "", licence: str = "", data: str = "", experiment: str = "", pictures: bool = True
+) -> str:
     """A model card: a README.md with the front matter that model hubs read."""
-    front = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "language: [ar, en]"]
+    task = "image-text-to-text" if pictures else "text-generation"
+    front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "language: [ar, en]"]
     front += [f"license: {licence}"] if licence else []
     front += [f"base_model: {base}"] if base else []
     lines = [*front, "---", "", f"# {title}", ""]
@@ -132,15 +144,35 @@ def card(title: str, base: str = "", licence: str = "", data: str = "", experime
         for label, text in (("Base", base), ("Licence", licence), ("Data", data), ("Experiment", experiment))
         if text
     ]
+    return "\n".join([*lines, ""])
+
+
+def _usage(config: ModelConfig) -> str:
+    """The lines that open the folder, for the end of a model card."""
+    model = to_hf(config)["architectures"][0]
+    names = ["AutoTokenizer", model] + (["AutoImageProcessor"] if config.vision else [])
     code = [
+        "",
         "```python",
-        "from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration",
-        'model = Qwen2VLForConditionalGeneration.from_pretrained("FOLDER")',
+        f"from transformers import {', '.join(sorted(names))}",
+        f'model = {model}.from_pretrained("FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        'image_processor = AutoImageProcessor.from_pretrained("FOLDER")',
+        *(['image_processor = AutoImageProcessor.from_pretrained("FOLDER")'] if config.vision else []),
         "```",
+        "",
     ]
-    return "\n".join([*lines, "", *code, ""])
+    return "\n".join(code)
+
+
+def llava_processor(vision: ClipConfig) -> dict[str, Any]:
+    """`processor_config.json` of LLaVA-NeXT, from which its processor counts placeholders."""
+    return {
+        "processor_class": "LlavaNextProcessor",
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "image_token": "<image>",
+    }
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -158,16 +190,23 @@ def replace_folder(complete: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check(config: ModelConfig, settings: ImageSettings, tokenizer_dir: Path) -> None:
+SHARED = {  # what a tower and its image settings must agree on
+    VisionConfig: (ImageSettings, ("patch_size", "merge_size", "temporal_patch_size")),
+    ClipConfig: (TileSettings, ("tile", "patch_size", "pinpoints")),
+}
+
+
+def _check(config: ModelConfig, settings: ImageSettings | TileSettings | None, tokenizer_dir: Path) -> None:
     faults = []
-    if config.vision is None:
-        raise ValueError(
-            "export: a model without an image encoder has no Qwen2-VL folder; give the config a vision part"
-        )
-    for name in ("patch_size", "merge_size", "temporal_patch_size"):
-        ours, theirs = getattr(config.vision, name), getattr(settings, name)
-        if ours != theirs:
-            faults.append(f"{name} is {ours} in the model and {theirs} in the image settings")
+    if config.vision is not None:
+        kind, names = SHARED[type(config.vision)]
+        if not isinstance(settings, kind):
+            faults.append(f"a {config.family} needs {kind.__name__}, and {type(settings).__name__} was given")
+            names = ()
+        for name in names:
+            ours, theirs = getattr(config.vision, name), getattr(settings, name)
+            if ours != theirs:
+                faults.append(f"{name} is {ours} in the model and {theirs} in the image settings")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (tokenizer_dir / name).exists():
             faults.append(f"{tokenizer_dir / name} is missing; give a tokenizer folder as transformers saves it")

@@ -32,7 +32,7 @@ def load_folder(folder: str | Path, dtype: Any = None) -> tuple[dict[str, Any], 
 def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
     """The parameters of a folder whose config is known."""
     folder, letters = Path(folder), sizes(config)
-    places = {place.name: place for place in published(config)}
+    places = {canonical(place.name): place for place in published(config)}
     stored = _stored(folder)
     faults = _faults(stored, places, letters, config.text.tied)
     if faults:

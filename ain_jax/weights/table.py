@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ain_jax.models.config import ModelConfig
+from ain_jax.models.config import ClipConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,40 @@ GATED_VISION = (  # Qwen2.5-VL
 )
 
 
+def _clip(name: str, layout: str) -> Row:
+    return Row(
+        f"vision_tower.vision_model.{name}",
+        "visual/vision_tower/" + name.replace(".{layer}", "").replace(".", "/"),
+        layout,
+    )
+
+
+CLIP = (
+    _clip("embeddings.class_embedding", "E -> E"),
+    _clip("embeddings.patch_embedding.weight", "E c y x -> (c y x) E"),
+    _clip("embeddings.position_embedding.weight", "s E -> s E"),
+    *(_clip(f"pre_layrnorm.{part}", "E -> E") for part in ("weight", "bias")),
+    *(
+        _clip(f"encoder.layers.{{layer}}.self_attn.{p}.weight", "(n h) E -> E n h")
+        for p in ("q_proj", "k_proj", "v_proj")
+    ),
+    *(_clip(f"encoder.layers.{{layer}}.self_attn.{p}.bias", "(n h) -> n h") for p in ("q_proj", "k_proj", "v_proj")),
+    _clip("encoder.layers.{layer}.self_attn.out_proj.weight", "E (n h) -> n h E"),
+    _clip("encoder.layers.{layer}.self_attn.out_proj.bias", "E -> E"),
+    *(_clip(f"encoder.layers.{{layer}}.layer_norm{i}.{part}", "E -> E") for i in (1, 2) for part in ("weight", "bias")),
+    _clip("encoder.layers.{layer}.mlp.fc1.weight", "W E -> E W"),
+    _clip("encoder.layers.{layer}.mlp.fc1.bias", "W -> W"),
+    _clip("encoder.layers.{layer}.mlp.fc2.weight", "E W -> W E"),
+    _clip("encoder.layers.{layer}.mlp.fc2.bias", "E -> E"),
+    *(_clip(f"post_layernorm.{part}", "E -> E") for part in ("weight", "bias")),
+    Row("multi_modal_projector.linear_1.weight", "visual/multi_modal_projector/linear_1/weight", "d E -> E d"),
+    Row("multi_modal_projector.linear_1.bias", "visual/multi_modal_projector/linear_1/bias", "d -> d"),
+    Row("multi_modal_projector.linear_2.weight", "visual/multi_modal_projector/linear_2/weight", "D d -> d D"),
+    Row("multi_modal_projector.linear_2.bias", "visual/multi_modal_projector/linear_2/bias", "D -> D"),
+    Row("image_newline", "visual/image_newline", "D -> D"),
+)
+
+
 def rows(config: ModelConfig) -> tuple[Row, ...]:
     """The rows that a model of this config has; a tied head has none of its own."""
     text = config.text
@@ -120,7 +154,9 @@ def rows(config: ModelConfig) -> tuple[Row, ...]:
         (SANDWICH_NORMS, text.sandwich_norms),
         (HEAD, not text.tied),
     ]
-    if config.vision:
+    if isinstance(config.vision, ClipConfig):
+        parts += [(CLIP, True)]
+    elif config.vision:
         parts += [(VISION, True), (GATED_VISION if config.vision.gated else PLAIN_VISION, True)]
     return tuple(row for part, wanted in parts if wanted for row in part)
 
@@ -136,7 +172,12 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "K": text.kv_heads,
         "H": text.head_width,
     }
-    if vision := config.vision:
+    vision = config.vision
+    if isinstance(vision, ClipConfig):
+        letters |= {"E": vision.width, "W": vision.mlp_width, "n": vision.heads, "h": vision.head_width}
+        letters |= {"c": vision.channels, "y": vision.patch_size, "x": vision.patch_size}
+        letters |= {"s": vision.tile_patches + 1, "d": text.width}
+    elif vision:
         joined = vision.width * vision.merge_size**2
         letters |= {"E": vision.width, "I": vision.width, "W": vision.mlp_width, "J": joined, "M": joined}
         letters |= {"q": 3, "n": vision.heads, "h": vision.head_width}
@@ -152,30 +193,58 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 def published(config: ModelConfig) -> Iterator[Place]:
     """The place of every tensor of the model, in the order of the table."""
     for row in rows(config):
-        if "{layer}" not in row.theirs:
-            yield Place(row.theirs, row.ours, row.layout)
+        name = row.theirs
+        if isinstance(config.vision, ClipConfig) and name.startswith(("model.", "lm_head.")):
+            name = "language_model." + name
+        if "{layer}" not in name:
+            yield Place(name, row.ours, row.layout)
             continue
         first = 0
         for stack, layers in _stacks(row, config):
-            path = row.ours.replace("model/layers/", f"model/{stack}/", 1)
+            path = row.ours.replace("/layers/", f"/{stack}/", 1)
             for layer in range(layers):
-                yield Place(row.theirs.format(layer=first + layer), path, row.layout, layer, layers)
+                yield Place(name.format(layer=first + layer), path, row.layout, layer, layers)
             first += layers
 
 
 def _stacks(row: Row, config: ModelConfig) -> list[tuple[str, int]]:
     """(name, layers) of the stacks that ours holds these layers in."""
+    if isinstance(config.vision, ClipConfig) and row.theirs.startswith("vision_tower."):
+        return [(name, layers) for name, layers, _ in config.vision.stacks()]
     if row.theirs.startswith("visual."):
         assert config.vision is not None, "rows() gives vision rows to models with an image encoder only"
         return [("blocks", config.vision.layers)]
     return [(name, layers) for name, _, layers in config.text.stacks()]
 
 
+# Beginnings of names: of transformers 4.52 and later, of the LLaVA-NeXT that it calls -hf, and of LLaVA's own code.
+# The first that fits is taken.
+SPELLINGS = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.visual.", "visual."),
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.image_newline", "image_newline"),
+)
+
+
 def canonical(name: str) -> str:
-    """A tensor's name in the published spelling; transformers 4.52 and later also write the towers under `model.`."""
-    for newer, older in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if name.startswith(newer):
-            return older + name.removeprefix(newer)
+    """A tensor's name in the spelling of the table, whichever of its published spellings it has.
+
+    canonical("model.language_model.norm.weight") and canonical("language_model.model.norm.weight") are both
+    "model.norm.weight"
+    """
+    for other, ours in SPELLINGS:
+        if name.startswith(other):
+            return ours + name.removeprefix(other)
     return name
 
 

@@ -71,9 +71,11 @@ def make_reference(config: ModelConfig, folder: Path) -> Reference:
             values = torch.randn(weight.shape, generator=generator)
             if name.endswith("bias"):
                 weight.copy_(0.3 * values)
+            elif name.endswith(("class_embedding", "image_newline")):
+                weight.copy_(values)
             elif weight.ndim == 1:
                 weight.copy_((not config.text.norm_plus_one) + 0.2 * values)
-            elif "embed_tokens" in name or "lm_head" in name:
+            elif "embed_tokens" in name or "lm_head" in name or "position_embedding" in name:
                 weight.copy_(0.3 * values)
             else:
                 weight.copy_(values / weight[0].numel() ** 0.5)

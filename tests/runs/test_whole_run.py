@@ -74,6 +74,27 @@ def test_writes_what_it_promises(whole):
     assert numbers(folder)["stages"]["extend_tokenizer"]["fertility"]["ar"]["after"]["tokens_per_word"] < 3.5
 
 
+def test_any_checkpoint_is_exported_at_any_time(whole, tmp_path):
+    folder, _ = whole
+
+    def export(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "ain_jax.stages.export", "--run", str(folder), *arguments]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    done = export("--out", str(tmp_path / "last"))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    last = tmp_path / "last" / "model.safetensors"
+    assert last.read_bytes() == (folder / "export" / "model.safetensors").read_bytes()
+    step = max(int(path.name) for path in (folder / "instruct" / "checkpoints").iterdir() if path.name.isdigit())
+    done = export("--stage", "instruct", "--step", str(step), "--out", str(tmp_path / "earlier"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "earlier" / "model.safetensors").read_bytes() != last.read_bytes()
+    assert f"at step {step} of the stage instruct" in (tmp_path / "earlier" / "README.md").read_text("utf-8")
+    refused = export("--step", "999999")
+    assert refused.returncode == 1 and "holds no checkpoint of step 999999; kept are" in refused.stderr
+
+
 def test_stopped_at_every_point_it_ends_with_the_same_numbers(whole, tmp_path):
     folder, cache = whole
     for point in POINTS:

@@ -58,6 +58,10 @@ def test_save_and_load_are_the_identity(saved):
     assert_same(checkpoints.load(2, begun(1), MARKS), states[2])
     assert_same(checkpoints.load(1, jax.eval_shape(lambda: begun(1)), MARKS), states[1])
     assert_same(checkpoints.load_params(2, states[0].params), states[2].params)
+    assert_same(checkpoint.load_params(folder, states[0].params), states[2].params)
+    assert_same(checkpoint.load_params(folder, states[0].params, 1), states[1].params)
+    with pytest.raises(ValueError, match="holds no checkpoint of step 3; kept are 1, 2"):
+        checkpoint.load_params(folder, states[0].params, 3)
     checkpoints.close()
     assert_same(checkpoint.load_params(folder, states[0].params), states[2].params)
     # ... so that what comes next is the same too

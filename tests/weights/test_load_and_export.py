@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ain_jax.data.images import ImageSettings
-from ain_jax.models.config import tiny, to_hf
+from ain_jax.data.tiles import TileSettings
+from ain_jax.models.config import ClipConfig, ModelConfig, tiny, to_hf
 from ain_jax.models.multimodal import abstract_params
 from ain_jax.weights.export import export_folder, write_json, write_weights
 from ain_jax.weights.load import load_folder, load_params
@@ -62,6 +64,42 @@ def test_exported_loaded_and_exported_again_the_bytes_are_the_same(tmp_path, tok
     assert "notes.txt" not in files and {"generation_config.json", "preprocessor_config.json", "README.md"} < set(files)
     weight_map = json.loads((first / "model.safetensors.index.json").read_text())["weight_map"]
     assert ("lm_head.weight" in weight_map) is not tied
+
+
+TEXT = tiny(mrope_section=None, qkv_bias=False).text
+CLIP = ClipConfig(16, 3, 2, 32, tile=8, patch_size=4, pinpoints=((8, 16),))
+OTHERS = {
+    "llama": (ModelConfig(TEXT, family="llama", eos_token_id=(3, 4)), None),
+    "llava": (
+        ModelConfig(TEXT, CLIP, "llava_next", "llama", image_token_id=5, eos_token_id=7),
+        TileSettings(tile=8, patch_size=4, pinpoints=((8, 16),)),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_every_family_is_exported_with_what_its_processor_needs(tmp_path, tokenizer_dir, family):
+    config, settings = OTHERS[family]
+    folder = export_folder(random_params(config), config, tokenizer_dir, settings, tmp_path / "out")
+    loaded, read_config = load_folder(folder)
+    assert read_config == config and same(loaded, random_params(config))
+    files = {path.name for path in folder.iterdir()}
+    assert ({"preprocessor_config.json", "processor_config.json"} <= files) is (family == "llava")
+    written = to_hf(config)
+    card = (folder / "README.md").read_text()
+    assert written["architectures"][0] in card and ("image-text-to-text" in card) is (family == "llava")
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == ([3, 4] if family == "llama" else config.eos_token_id)
+
+
+def test_image_settings_of_another_tower_are_refused(tmp_path, tokenizer_dir):
+    config, settings = OTHERS["llava"]
+    with pytest.raises(ValueError, match="a llava_next needs TileSettings, and ImageSettings was given"):
+        export_folder(random_params(config), config, tokenizer_dir, SETTINGS, tmp_path / "out")
+    other = dataclasses.replace(settings, pinpoints=((16, 8),))
+    with pytest.raises(ValueError, match="pinpoints is"):
+        export_folder(random_params(config), config, tokenizer_dir, other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_newer_names_load_alike(tmp_path):

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from ain_jax.models.config import tiny
+from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig, tiny
 from ain_jax.models.multimodal import abstract_params
 from ain_jax.weights.export import tensors
 from ain_jax.weights.table import canonical, our_shape, published, rearrange, rows, sizes, their_shape
@@ -24,6 +24,10 @@ CONFIGS = {
     "no biases": tiny(qkv_bias=False),
     "all biases": tiny(vision=False, o_bias=True, mlp_bias=True),
     "text": tiny(vision=False),
+    "tiles": ModelConfig(
+        tiny(vision=False).text, ClipConfig(16, 3, 2, 32, tile=8, patch_size=4, pinpoints=()), image_token_id=5
+    ),
+    "a gated tower": ModelConfig(tiny().text, VisionConfig(24, 2, 2, 60, patch_size=4, gated=True), image_token_id=5),
     "a turn cut short": tiny(vision=False, layers=8, windows=(4, 4, 0), qk_norm=True, sandwich_norms=True),
 }
 

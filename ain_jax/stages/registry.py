@@ -1,0 +1,40 @@
+"""The stages by name: which module runs each, and which settings it reads."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ain_jax.data.builders.sample_records import SampleParams
+from ain_jax.data.images import ImageSettings
+from ain_jax.data.mixture import Mixture
+from ain_jax.data.packing import Packing
+from ain_jax.sharding import Mesh
+from ain_jax.stages import evaluate, export, extend_tokenizer, instruct, prefer, pretrain
+from ain_jax.stages.common import Model, StageRun, Start
+from ain_jax.stages.evaluate import Evaluation
+from ain_jax.stages.export import Export
+from ain_jax.stages.extend_tokenizer import Tokenizer
+from ain_jax.stages.prefer import Preference
+from ain_jax.train.loop import Trainer
+from ain_jax.train.losses import NextToken
+from ain_jax.train.optimizer import Optimizer
+
+_MODEL = (SampleParams, Packing, ImageSettings, Model, Mesh)
+_TRAINING = (*_MODEL, Mixture, Start, Optimizer, Trainer)
+
+SETTINGS: Mapping[str, tuple[type, ...]] = {
+    "extend_tokenizer": (Tokenizer, SampleParams),
+    "pretrain": (*_TRAINING, NextToken),
+    "instruct": (*_TRAINING, NextToken),
+    "prefer": (*_TRAINING, Preference),
+    "evaluate": (Evaluation, *_MODEL),
+    "export": (Export, ImageSettings, Model, Mesh),
+}
+
+RUN: Mapping[str, Callable[[StageRun], dict[str, Any]]] = {
+    "extend_tokenizer": extend_tokenizer.run,
+    "pretrain": pretrain.run,
+    "instruct": instruct.run,
+    "prefer": prefer.run,
+    "evaluate": evaluate.run,
+    "export": export.run,
+}
