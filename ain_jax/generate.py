@@ -8,7 +8,8 @@ its own.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from ain_jax.data.images import ImageSettings, image_settings, open_image, preprocess
 from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions, visual_tokens
-from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles
+from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles, tile_settings
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig
 from ain_jax.models.multimodal import MultimodalModel
@@ -65,14 +66,19 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: Any = jnp.float32,
+    watch: Callable[[int, list[int]], bool] | None = None,
+    every: int = 8,
 ) -> list[list[int]]:
     """The new ids of each prompt, in the order of the prompts and without the stop id that ended them.
 
     Greedy at temperature 0, else drawn; what a prompt draws depends on `seed` and on its place, not on its neighbours.
     Prompts of like length run together, `rows` at a time, in arrays of a few sizes, so that few shapes are compiled:
     lengths are powers of two, and patches are the power of two that holds every prompt's.
+
+    `watch(prompt, ids)` is told every `every` tokens what a prompt has so far, and ends it by returning True: text is
+    streamed, and ended at a string, by such a function (`Speaker`).
     """
-    _check(prompts, config, max_new_tokens)
+    _check(prompts, config, max_new_tokens, stop_ids)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     unit = config.vision.tile_patches if isinstance(config.vision, ClipConfig) else 1  # whole tiles
@@ -80,60 +86,109 @@ def generate(
     patches = unit * _bucket(-(-most // unit))
     shapes = [(_bucket(len(prompt.tokens_L)), 0 if prompt.patches_PK is None else patches) for prompt in prompts]
     B = min(rows, 1 << (len(prompts) - 1).bit_length())
-    stop_Z = jnp.asarray([*stop_ids] + [-1] * (8 - len(stop_ids)), jnp.int32)  # of one size, so as not to compile again
-    run = _compiled(config, max_new_tokens, temperature > 0, jnp.dtype(dtype).name)
+    # Of one size, so as not to compile again.
+    stop_Z = jnp.asarray([*stop_ids] + [-1] * (MOST_STOPS - len(stop_ids)), jnp.int32)
+    begin, advance = _compiled(config, max_new_tokens, temperature > 0, jnp.dtype(dtype).name)
     waiting: list[tuple[list[int], Any]] = []
     for shape in sorted(set(shapes)):
         members = [i for i in range(len(prompts)) if shapes[i] == shape]
         for start in range(0, len(members), B):
             chosen = members[start : start + B]
             arrays = rows_of([prompts[i] for i in chosen], config, B, *shape)
-            place_B = np.array(chosen + [0] * (B - len(chosen)), np.int32)
-            waiting.append(
-                (chosen, run(params, arrays, place_B, stop_Z, jnp.float32(temperature), jax.random.key(seed)))
-            )
+            drawing = {
+                "place_B": np.array(chosen + [0] * (B - len(chosen)), np.int32),
+                "stop_Z": stop_Z,
+                "temperature": jnp.float32(temperature),
+                "key": jax.random.key(seed),
+            }
+            texts, state = begin(params, arrays, drawing)
+            if watch is None:
+                state = advance(params, texts, drawing, state, max_new_tokens)
+            else:
+                state = _watched(partial(advance, params, texts, drawing), state, chosen, watch, every, max_new_tokens)
+            waiting.append((chosen, state))
     results: list[list[int]] = [[] for _ in prompts]
-    for chosen, (new_BT, count_B) in waiting:  # fetched after all are dispatched: the device does not wait for the host
-        new_BT, count_B = np.asarray(new_BT), np.asarray(count_B)
-        for row, i in enumerate(chosen):
-            results[i] = new_BT[row, : count_B[row]].tolist()
+    for chosen, state in waiting:  # fetched after all are dispatched: the device does not wait for the host
+        for i, ids in zip(chosen, _said(state), strict=False):
+            results[i] = ids
     return results
+
+
+MOST_STOPS = 8
+
+
+def _said(state: Any) -> list[list[int]]:
+    """The ids of each row so far."""
+    new_BT, count_B = np.asarray(state["new_BT"]), np.asarray(state["count_B"])
+    return [new_T[:count].tolist() for new_T, count in zip(new_BT, count_B, strict=True)]
+
+
+def _watched(advance: Any, state: Any, chosen: Sequence[int], watch: Any, every: int, most: int) -> Any:
+    """The state behind the last token, `watch` asked every `every` tokens about each row that goes on."""
+    ended = np.zeros(len(state["done_B"]), bool)
+    for until in [*range(every, most, every), most]:
+        state = advance(state, until)
+        for row, (i, ids) in enumerate(zip(chosen, _said(state), strict=False)):
+            ended[row] = ended[row] or watch(i, ids)
+        done_B = np.asarray(state["done_B"]) | ended
+        if done_B[: len(chosen)].all():
+            break
+        state = state | {"done_B": jnp.asarray(done_B)}
+    return state
 
 
 @lru_cache(maxsize=32)
 def _compiled(config: ModelConfig, max_new_tokens: int, sampled: bool, dtype: str):
-    return jax.jit(partial(_decode, config, max_new_tokens, sampled, dtype))
+    settings = (MultimodalModel(config, jnp.dtype(dtype)), max_new_tokens, sampled)
+    return jax.jit(partial(_begin, *settings)), jax.jit(partial(_advance, *settings), donate_argnums=(3,))
 
 
-def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arrays, place_B, stop_Z, temperature, key):
-    """(new_BT, count_B): the ids of each row, and how many of them come before its stop id."""
-    model = MultimodalModel(config, jnp.dtype(dtype))
+def _begin(model, T: int, sampled: bool, params, arrays, drawing):
+    """(texts, state) behind the prompts: what stays as it is while T tokens are said, and what changes.
+
+    Slots 0 .. L-1 of the cache hold the prompt (shorter prompts leave some unused), slot L + t the t-th new token.
+    """
     apply = partial(model.apply, {"params": params})
-    segments_BL, length_B, next_position_B = (
-        arrays.pop(name) for name in ("segments_BL", "length_B", "next_position_B")
-    )
-    positions_3BL = arrays.pop("positions_3BL")
-    B, L = segments_BL.shape
-    T = max_new_tokens
-    keys_B = jax.vmap(partial(jax.random.fold_in, key))(place_B)
+    kept = ("segments_BL", "positions_3BL", "length_B", "next_position_B")
+    segments_BL, positions_3BL, length_B, next_position_B = (arrays[name] for name in kept)
+    inputs = {name: array for name, array in arrays.items() if name not in kept}
+    B = len(segments_BL)
 
     def read(q_BLNH, k_BLKH, v_BLKH, _, **rules):
         return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, causal=True, **rules), (k_BLKH, v_BLKH)
 
-    def choose(hidden_BD, step):
-        logits_BV: Any = apply(hidden_BD, method="logits")
-        if not sampled:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        step_keys_B = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys_B)
-        return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV / temperature).astype(jnp.int32)
-
-    def stops(token_B):
-        return jnp.any(token_B[:, None] == stop_Z[None, :], axis=1)
-
-    hidden_BLD, cache = apply(apply(**arrays, method="embed"), positions_3BL, read, method="decode")
+    hidden_BLD, cache = apply(apply(**inputs, method="embed"), positions_3BL, read, method="decode")
     hidden_BD = jnp.take_along_axis(hidden_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    # Slots 0 .. L-1 hold the prompt (shorter prompts leave some unused), slot L + t the t-th new token.
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T), (0, 0), (0, 0))), cache)
+    token_B = _choose(apply(hidden_BD, method="logits"), jnp.int32(0), sampled, drawing)
+    state = {
+        "step": jnp.int32(0),
+        "token_B": token_B,
+        "new_BT": jnp.zeros((B, T), jnp.int32),
+        "count_B": jnp.zeros(B, jnp.int32),
+        "done_B": _stops(token_B, drawing),
+        "cache": jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T), (0, 0), (0, 0))), cache),
+    }
+    texts = {"segments_BL": segments_BL, "length_B": length_B, "next_position_B": next_position_B}
+    return texts, state
+
+
+def _choose(logits_BV, step, sampled: bool, drawing):
+    if not sampled:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    keys_B = jax.vmap(lambda place: jax.random.fold_in(drawing["key"], place))(drawing["place_B"])
+    keys_B = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV / drawing["temperature"]).astype(jnp.int32)
+
+
+def _stops(token_B, drawing):
+    return jnp.any(token_B[:, None] == drawing["stop_Z"][None, :], axis=1)
+
+
+def _advance(model, T: int, sampled: bool, params, texts, drawing, state, until):
+    """The state with `until` tokens said in each row, fewer where all rows have ended."""
+    apply = partial(model.apply, {"params": params})
+    segments_BL, length_B = texts["segments_BL"], texts["length_B"]
+    B, L = segments_BL.shape
     prompt_BS = jnp.pad(segments_BL, ((0, 0), (0, T)))
     slots_S = jnp.arange(L + T, dtype=jnp.int32)
     index_BS = jnp.where(slots_S[None] < L, slots_S[None], slots_S[None] - L + length_B[:, None])  # in its own text
@@ -143,13 +198,12 @@ def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arra
         return jax.lax.dynamic_update_slice_in_dim(cache_BSKH, new_B1KH, slot, axis=1)
 
     def more(state):
-        step, _, _, _, done_B, _ = state
-        return (step < T) & ~jnp.all(done_B)
+        return (state["step"] < until) & ~jnp.all(state["done_B"])
 
     def one(state):
-        step, token_B, new_BT, count_B, done_B, cache = state
-        new_BT = jax.lax.dynamic_update_slice_in_dim(new_BT, token_B[:, None], step, axis=1)
-        count_B = jnp.where(done_B, count_B, step + 1)
+        step, token_B, done_B, cache = (state[name] for name in ("step", "token_B", "done_B", "cache"))
+        new_BT = jax.lax.dynamic_update_slice_in_dim(state["new_BT"], token_B[:, None], step, axis=1)
+        count_B = jnp.where(done_B, state["count_B"], step + 1)
         slot = L + step
         key_segments_BS = jnp.where(((slots_S >= L) & (slots_S <= slot))[None], 1, prompt_BS)
 
@@ -160,20 +214,19 @@ def _decode(config, max_new_tokens: int, sampled: bool, dtype: str, params, arra
                 seen_BS = jnp.where((length_B + step)[:, None] - index_BS < window, seen_BS, 0)
             return attention(q_B1NH, k_BSKH, v_BSKH, one_B1, seen_BS, causal=False, **rules), (k_B1KH, v_B1KH)
 
-        position_3B1 = jnp.broadcast_to((next_position_B + step)[None, :, None], (3, B, 1))
+        position_3B1 = jnp.broadcast_to((texts["next_position_B"] + step)[None, :, None], (3, B, 1))
         x_B1D = apply(token_B[:, None], method="embed")
         hidden_B1D, new = apply(x_B1D, position_3B1, attend, cache, method="decode")
         # One write for all layers, in place: the scan over the layers reads the cache and hands back one slot of each.
         cache = jax.tree.map(
             lambda old, slice_: jax.lax.dynamic_update_slice_in_dim(old, slice_, slot, axis=2), cache, new
         )
-        token_B = choose(hidden_B1D[:, 0], step + 1)
-        return step + 1, token_B, new_BT, count_B, done_B | stops(token_B), cache
+        token_B = _choose(apply(hidden_B1D[:, 0], method="logits"), step + 1, sampled, drawing)
+        done_B = done_B | _stops(token_B, drawing)
+        values = (step + 1, token_B, new_BT, count_B, done_B, cache)
+        return dict(zip(("step", "token_B", "new_BT", "count_B", "done_B", "cache"), values, strict=True))
 
-    token_B = choose(hidden_BD, jnp.int32(0))
-    start = (jnp.int32(0), token_B, jnp.zeros((B, T), jnp.int32), jnp.zeros(B, jnp.int32), stops(token_B), cache)
-    _, _, new_BT, count_B, _, _ = jax.lax.while_loop(more, one, start)
-    return new_BT, count_B
+    return jax.lax.while_loop(more, one, state)
 
 
 def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: int) -> dict[str, np.ndarray]:
@@ -260,8 +313,10 @@ def _bucket(count: int) -> int:
     return max(32, 1 << (count - 1).bit_length())
 
 
-def _check(prompts: Sequence[Prompt], config: ModelConfig, max_new_tokens: int) -> None:
+def _check(prompts: Sequence[Prompt], config: ModelConfig, max_new_tokens: int, stop_ids: Sequence[int]) -> None:
     faults = []
+    if len(stop_ids) > MOST_STOPS:
+        faults.append(f"{len(stop_ids)} stop ids; expected {MOST_STOPS} at most")
     for i, prompt in enumerate(prompts):
         tokens_L = np.asarray(prompt.tokens_L)
         if tokens_L.ndim != 1 or not len(tokens_L):
@@ -282,32 +337,94 @@ def _check(prompts: Sequence[Prompt], config: ModelConfig, max_new_tokens: int) 
         raise ValueError("generate: " + "; ".join(faults))
 
 
+class Speaker:
+    """What `generate` may be watched with: tells each prompt's text as it grows, and ends it at a string.
+
+    `tell(prompt, text)` is given the text that is new. A character that is not whole yet is held back, and so is what
+    may be the beginning of a stop string.
+    """
+
+    def __init__(
+        self, tokenizer: Any, stop_strings: Sequence[str] = (), tell: Callable[[int, str], None] | None = None
+    ):
+        if not all(stop_strings):
+            raise ValueError("a stop string is empty: it would end every answer before its first letter")
+        self.tokenizer, self.stop_strings, self.tell = tokenizer, tuple(stop_strings), tell
+        self.told: dict[int, int] = {}  # characters of each prompt that were told
+
+    def __call__(self, prompt: int, ids: list[int]) -> bool:
+        text = self._text(ids)
+        cut = self.cut(text)
+        held = max((len(stop) - 1 for stop in self.stop_strings), default=0) if cut == text else 0
+        self._tell(prompt, cut[: len(cut) - held].rstrip("\ufffd"))
+        return cut != text
+
+    def finish(self, prompt: int, ids: list[int]) -> str:
+        """The whole text of a prompt, cut at its stop string; what was held back is told."""
+        text = self.cut(self._text(ids))
+        self._tell(prompt, text)
+        return text
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop string."""
+        places = [place for place in map(text.find, self.stop_strings) if place >= 0]
+        return text[: min(places)] if places else text
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _tell(self, prompt: int, text: str) -> None:
+        done = self.told.get(prompt, 0)
+        if self.tell is not None and len(text) > done:
+            self.tell(prompt, text[done:])
+            self.told[prompt] = len(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the model's answer to a question, perhaps about pictures."""
+    """Prints the model's answer to a question, perhaps about pictures, as it comes."""
     from ain_jax.tokenizer.chat import encode_prompt, load_tokenizer
     from ain_jax.weights.load import load_folder, read_json
 
     parser = argparse.ArgumentParser(prog="python -m ain_jax.generate", description=main.__doc__)
-    parser.add_argument("text", help="what the user says")
+    parser.add_argument("text", help="what the user says; a model without a chat template goes on from it")
     parser.add_argument("--model", required=True, type=Path, help="a folder as ain_jax or transformers saves it")
     parser.add_argument("--image", action="append", default=[], type=Path, help="a picture; may be given several times")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends the answer; may be repeated")
     given = parser.parse_args(arguments)
     try:
         params, config = load_folder(given.model)
         tokenizer = load_tokenizer(given.model)
-        settings = image_settings(read_json(given.model / "preprocessor_config.json"))
-        prompt = prompt_with_images([], [path.read_bytes() for path in given.image], settings)
-        counts = [feature_count(grid, settings.merge_size) for grid in prompt.grids]
-        message = {"role": "user", "content": "<image>" * len(counts) + given.text}
-        prompt = Prompt(encode_prompt(tokenizer, [message], counts), prompt.patches_PK, prompt.grids)
+        pictures = [path.read_bytes() for path in given.image]
+        if pictures and config.vision is None:
+            raise ValueError(f"{given.model} is a {config.family} without an image encoder: leave --image out")
+        settings = picture_settings(config, read_json(given.model / "preprocessor_config.json")) if pictures else None
+        prompt = prompt_with_images([], pictures, settings) if settings else Prompt([])
+        counts = [len(index_M) for index_M in prompt.features]
+        if isinstance(settings, ImageSettings):
+            counts = [feature_count(grid, settings.merge_size) for grid in prompt.grids]
+        if tokenizer.chat_template or pictures:
+            message = {"role": "user", "content": "<image>" * len(counts) + given.text}
+            ids = encode_prompt(tokenizer, [message], counts)
+        else:
+            ids = tokenizer(given.text)["input_ids"]
+        prompt = dataclasses.replace(prompt, tokens_L=ids)
+        speaker = Speaker(tokenizer, given.stop, lambda _, text: print(text, end="", flush=True))
         sampling = {"temperature": given.temperature, "seed": given.seed}
-        (new,) = generate(params, config, [prompt], given.max_new_tokens, config.stop_ids, **sampling)
+        (new,) = generate(params, config, [prompt], given.max_new_tokens, config.stop_ids, watch=speaker, **sampling)
+        speaker.finish(0, new)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
-    print(tokenizer.decode(new, skip_special_tokens=True))
+    print()
+
+
+def picture_settings(config: ModelConfig, attributes: dict[str, Any]) -> ImageSettings | TileSettings:
+    """The image settings in a folder's `preprocessor_config.json`."""
+    if isinstance(config.vision, ClipConfig):
+        return tile_settings(attributes, config.vision.patch_size)
+    return image_settings(attributes)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from ain_jax.generate import Prompt, generate, main, rows_of
+from ain_jax.generate import Prompt, Speaker, generate, main, rows_of
 from ain_jax.models.config import tiny
 from ain_jax.models.multimodal import MultimodalModel, init_params
 
@@ -71,6 +73,49 @@ def test_drawn_tokens_do_not_depend_on_the_neighbours(params):
     together = generate(params, CONFIG, prompts, NEW, temperature=1.0, seed=5, rows=2)
     assert together == generate(params, CONFIG, prompts, NEW, temperature=1.0, seed=5, rows=1)
     assert together != generate(params, CONFIG, prompts, NEW, temperature=1.0, seed=6, rows=2)
+
+
+def test_watching_changes_nothing_and_ends_one_row_alone(params, greedy):
+    seen = {i: [] for i in range(len(PROMPTS))}
+
+    def watch(prompt, ids):
+        seen[prompt].append(ids)
+        return prompt == 1 and len(ids) >= 5
+
+    watched = generate(params, CONFIG, PROMPTS, NEW, watch=watch, every=5, rows=2)
+    assert watched[1] == greedy[1][:5]
+    assert [new for i, new in enumerate(watched) if i != 1] == [new for i, new in enumerate(greedy) if i != 1]
+    assert [len(ids) for ids in seen[0]] == [5, 10, 12] and [len(ids) for ids in seen[1]] == [5]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes alone: Arabic letters are two ids each."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=model)
+
+
+@pytest.mark.parametrize("stop", [(), ("ك",), ("كي", "none"), ("absent",)])
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_a_speaker_tells_whole_letters_and_stops_at_a_string(tokenizer, stop, every):
+    text = "سلام عليكم"
+    ids = tokenizer(text)["input_ids"]
+    told = []
+    speaker = Speaker(tokenizer, stop, lambda prompt, new: told.append(new))
+    for count in range(every, len(ids) + every, every):
+        if speaker(0, ids[:count]):
+            break
+    expected = text.split(stop[0])[0] if stop else text
+    assert speaker.finish(0, ids[:count]) == expected == "".join(told)
+    assert not any("\ufffd" in new for new in told)
+
+
+def test_an_empty_stop_string_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        Speaker(tokenizer, [""])
 
 
 def test_nothing_asked_nothing_said(params):
