@@ -54,7 +54,7 @@ SILENT = {
     *("_name_or_path", "_attn_implementation_autoset", "output_hidden_states", "output_attentions", "return_dict"),
     *("rope_theta", "rope_scaling", "rope_parameters", "pretraining_tp", "auto_map", "cache_implementation"),
     *("vision_config", "text_config", "vision_token_id", "chunk_size_feed_forward", "problem_type", "id2label"),
-    *("label2id", "is_encoder_decoder"),
+    *("label2id", "is_encoder_decoder", "is_llama_config", "transformers.js_config"),
 }
 SILENT_VISION = {
     *("model_type", "mlp_ratio", "in_chans", "initializer_range", "spatial_patch_size", "torch_dtype", "dtype"),
@@ -110,7 +110,7 @@ FAMILIES = {
         "LlamaForCausalLM",
         _sizes(32000, 4096, 11008, 32, 32, None, 2048)
         | {"hidden_act": "silu", "head_dim": None, "mlp_bias": False, "attention_bias": False},
-        only=NO_DROPOUT,
+        only=NO_DROPOUT | {"rope_interleaved": (False,)},
         ids=LLAMA_IDS,
     ),
     "mistral": Family(

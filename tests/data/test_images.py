@@ -1,4 +1,4 @@
-"""Pictures to patches; transformers' processor is the measure in tests/parity/test_images.py."""
+"""Pictures to patches; transformers' processor is the measure in tests/parity/test_image_processor.py."""
 
 import io
 
@@ -12,9 +12,12 @@ from ain_jax.data.images import (
     open_image,
     placeholder_tokens,
     preprocess,
+    preprocess_frames,
     preprocessor_config,
+    share_pixels,
     smart_resize,
     to_rgb,
+    video_grid,
 )
 
 SMALL = ImageSettings(patch_size=4, min_pixels=64, max_pixels=1024)
@@ -56,6 +59,33 @@ def test_a_patch_holds_colour_frame_row_column():
     assert np.array_equal(patches[5, :, 0], expected) and np.array_equal(patches[5, :, 1], expected)
 
 
+def test_a_still_video_is_a_picture_repeated_and_the_last_frame_fills_up():
+    first, second, third = (picture(17, 33, seed=seed) for seed in range(3))
+    patches_PK, grid = preprocess_frames([first, first, second, third, third], SMALL)
+    count = grid[1] * grid[2]
+    assert grid == video_grid(5, 17, 33, SMALL) == (3, *preprocess(first, SMALL)[1][1:])
+    frames = patches_PK.reshape(3, count, 3, 2, 4, 4)
+    for group, pair in enumerate([(first, first), (second, third), (third, third)]):
+        for at, frame in enumerate(pair):
+            alone = preprocess(frame, SMALL)[0].reshape(count, 3, 2, 4, 4)
+            assert np.array_equal(frames[group, :, :, at], alone[:, :, 0])
+
+
+def test_a_frame_of_a_long_video_is_made_smaller():
+    video = ImageSettings(min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28)
+    shared = {frames: share_pixels(video, frames) for frames in (1, 100, 800, 9000)}
+    assert [settings.max_pixels for settings in shared.values()] == [602_112, 602_112, 225_792, 105_369]
+    # Nine tenths of 128,000 tokens, two frames to a token.
+    assert placeholder_tokens(1000, 1000, shared[800]) * 800 // 2 <= 115_200
+
+
+def test_videos_without_frames_or_of_several_sizes_are_refused():
+    with pytest.raises(ValueError, match="a video without frames"):
+        preprocess_frames([], SMALL)
+    with pytest.raises(ValueError, match="frame 2 of a video has 17 x 34 pixels and frame 0 has 17 x 33"):
+        preprocess_frames([picture(17, 33), picture(17, 33), picture(17, 34)], SMALL)
+
+
 def test_transparent_parts_lie_on_white():
     clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     clear.putpixel((1, 0), (255, 0, 0, 255))
@@ -69,6 +99,20 @@ def test_settings_are_written_and_read_again():
     assert image_settings({"size": {"shortest_edge": 3136, "longest_edge": 50176}}).max_pixels == 50176
     with pytest.raises(ValueError, match="image_processor_type='CLIPImageProcessor'"):
         image_settings({"image_processor_type": "CLIPImageProcessor"})
+
+
+def test_whatever_would_change_pixels_is_refused_by_name_all_at_once():
+    told = preprocessor_config(SMALL) | {"do_center_crop": None, "device": "cpu", "data_format": "channels_first"}
+    assert image_settings(told) == SMALL
+    with pytest.raises(ValueError) as error:
+        image_settings(told | {"do_resize": False, "resample": 2, "rescale_factor": 1.0, "sharpen": 2})
+    for words in (
+        "do_resize=False (expected True)",
+        "resample=2 (expected 3)",
+        "rescale_factor=1.0",
+        "sharpen=2 (unknown)",
+    ):
+        assert words in str(error.value)
 
 
 def test_broken_pictures_and_settings_are_refused():

@@ -2,7 +2,21 @@ import dataclasses
 
 import pytest
 
-from ain_jax.models.config import ModelConfig, TextConfig, VisionConfig, from_hf, qwen2_vl_7b, tiny, to_hf
+from ain_jax.models.config import (
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+    allam_7b,
+    from_hf,
+    gemma_7b,
+    llama_2,
+    llama_3_8b,
+    pangea_7b,
+    qwen2_7b,
+    qwen2_vl_7b,
+    tiny,
+    to_hf,
+)
 from ain_jax.models.multimodal import parameter_count
 
 # config.json of Qwen2-VL-7B-Instruct as published.
@@ -85,10 +99,6 @@ NESTED = {  # as transformers 5 saves it
 }
 
 
-def test_the_named_size_has_the_published_number_of_parameters():
-    assert parameter_count(qwen2_vl_7b()) == 8_291_375_616
-
-
 def test_a_tied_head_counts_once():
     tied, untied = tiny(tied=True), tiny(tied=False)
     assert parameter_count(untied) - parameter_count(tied) == tied.text.vocabulary * tied.text.width
@@ -127,6 +137,45 @@ def test_every_attribute_that_is_not_handled_is_named():
 def test_a_setting_that_its_kind_of_rotary_positions_lacks_is_named():
     with pytest.raises(ValueError, match="rope setting factor=4.0 is not handled"):
         from_hf(PUBLISHED | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24], "factor": 4.0}})
+
+
+def test_attributes_of_published_copies_that_say_nothing_are_passed_over():
+    written = to_hf(llama_3_8b())
+    said = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}, "pretraining_tp": 1}
+    assert from_hf(written | said) == llama_3_8b()
+    with pytest.raises(ValueError, match="rope_interleaved=True; expected False"):
+        from_hf(written | {"rope_interleaved": True})
+
+
+PUBLISHED_COUNTS = {
+    "llama-2-7b": (llama_2("7b"), 6_738_415_616),
+    "llama-2-13b": (llama_2("13b"), 13_015_864_320),
+    "llama-2-70b": (llama_2("70b"), 68_976_648_192),
+    "allam-7b": (allam_7b(), 7_000_559_616),
+    "llama-3-8b": (llama_3_8b(), 8_030_261_248),
+    "gemma-7b": (gemma_7b(), 8_537_680_896),
+    "qwen2-7b": (qwen2_7b(), 7_615_616_512),
+    "qwen2-vl-7b": (qwen2_vl_7b(), 8_291_375_616),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_COUNTS)
+def test_named_sizes_have_the_published_numbers_of_parameters(name):
+    config, count = PUBLISHED_COUNTS[name]
+    assert parameter_count(config) == count
+    assert from_hf(to_hf(config)) == config
+
+
+def test_pangea_is_its_decoder_its_tower_and_a_projector():
+    projector = 1024 * 3584 + 3584 + 3584 * 3584 + 3584
+    tower = 303_507_456  # CLIP ViT-L/14-336 without its projection
+    assert parameter_count(pangea_7b()) == 7_615_616_512 + tower + projector + 3584
+    assert from_hf(to_hf(pangea_7b())) == pangea_7b()
+
+
+def test_an_unknown_size_is_named():
+    with pytest.raises(ValueError, match="no Llama 2 of size '8b'; expected one of 7b, 13b, 70b"):
+        llama_2("8b")
 
 
 def test_another_family_is_refused():
