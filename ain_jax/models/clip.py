@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ClipConfig
-from ain_jax.models.layers import ACTIVATIONS, Constant, Einsum, Norm, Normal, declared, run_layers, stacked
+from ain_jax.models.layers import ACTIVATIONS, Constant, Einsum, Norm, Normal, PlainMLP, declared, run_layers, stacked
 
 
 class ClipAttention(nn.Module):
@@ -48,23 +48,8 @@ class ClipLayer(nn.Module):
         x_BPE = x_BPE + ClipAttention(c, scale_out, self.dtype, name="self_attn")(
             _norm(c, self.dtype, "layer_norm1")(x_BPE)
         )
-        return x_BPE + ClipMLP(c, scale_out, self.dtype, name="mlp")(_norm(c, self.dtype, "layer_norm2")(x_BPE))
-
-
-class ClipMLP(nn.Module):
-    """fc2(quick_gelu(fc1(x)))."""
-
-    config: ClipConfig
-    scale_out: float
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x_BPE):
-        E, F = self.config.width, self.config.mlp_width
-        axes = ("vision_embed", "vision_mlp")
-        wide_BPF = Einsum("BPE,EF->BPF", (E, F), axes, True, dtype=self.dtype, name="fc1")(x_BPE)
-        narrow = Einsum("BPF,FE->BPE", (F, E), axes[::-1], True, self.scale_out, self.dtype, name="fc2")
-        return narrow(ACTIVATIONS[self.config.activation](wide_BPF))
+        mlp = PlainMLP(c.width, c.mlp_width, scale_out, c.activation, dtype=self.dtype, name="mlp")
+        return x_BPE + mlp(_norm(c, self.dtype, "layer_norm2")(x_BPE))
 
 
 def _norm(c: ClipConfig, dtype: Any, name: str) -> Norm:

@@ -330,22 +330,12 @@ def qwen2_7b() -> ModelConfig:
     return ModelConfig(text, family="qwen2", bos_token_id=151643, eos_token_id=151645)
 
 
-QWEN2_VL_IDS: dict[str, Any] = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
-
-
 def qwen2_vl_7b() -> ModelConfig:
     """Qwen2-VL-7B, the base of AIN: 8,291,375,616 parameters."""
     return ModelConfig(
         text=TextConfig(152064, 3584, 18944, 28, 28, 4, 128, mrope_section=(16, 24, 24)),
         vision=VisionConfig(width=1280, layers=32, heads=16, mlp_width=5120),
-        **QWEN2_VL_IDS,
+        **hf_config.QWEN2_IDS,
     )
 
 

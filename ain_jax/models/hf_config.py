@@ -92,7 +92,7 @@ def _sizes(vocabulary, width, mlp_width, layers, heads, kv_heads, positions, eps
 NO_DROPOUT = {"attention_dropout": (0.0, None)}
 CAUSAL = {"use_bidirectional_attention": (None, False)}
 GEMMA = {"norm_plus_one": True, "scale_embedding": True, "qkv_bias": False}
-QWEN2_IDS = {
+QWEN2_IDS: dict[str, Any] = {
     "image_token_id": 151655,
     "video_token_id": 151656,
     "vision_start_token_id": 151652,

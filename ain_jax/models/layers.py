@@ -249,6 +249,24 @@ class GatedMLP(nn.Module):
         return down(ACTIVATIONS[self.activation](gate_BLF) * up_BLF)
 
 
+class PlainMLP(nn.Module):
+    """fc2(act(fc1(x))), with biases: the MLP of image encoders."""
+
+    width: int
+    mlp_width: int
+    scale_out: float
+    activation: str
+    axes: tuple[str, str] = ("vision_embed", "vision_mlp")
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BPE):
+        E, F = self.width, self.mlp_width
+        wide_BPF = Einsum("BPE,EF->BPF", (E, F), self.axes, True, dtype=self.dtype, name="fc1")(x_BPE)
+        narrow = Einsum("BPF,FE->BPE", (F, E), self.axes[::-1], True, self.scale_out, self.dtype, name="fc2")
+        return narrow(ACTIVATIONS[self.activation](wide_BPF))
+
+
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ain_jax.models.attention import attention
 from ain_jax.models.config import VisionConfig
 from ain_jax.models.layers import (
-    ACTIVATIONS,
     Einsum,
     GatedMLP,
     Norm,
+    PlainMLP,
     rotate,
     run_layers,
     stacked,
@@ -52,25 +52,6 @@ class VisionAttention(nn.Module):
         return project(out_BPE)
 
 
-class VisionMLP(nn.Module):
-    """fc2(quick_gelu(fc1(x)))."""
-
-    config: VisionConfig
-    scale_out: float
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x_BPE):
-        E, F = self.config.width, self.config.mlp_width
-        wide_BPF = Einsum("BPE,EF->BPF", (E, F), ("vision_embed", "vision_mlp"), True, dtype=self.dtype, name="fc1")(
-            x_BPE
-        )
-        narrow = Einsum(
-            "BPF,FE->BPE", (F, E), ("vision_mlp", "vision_embed"), True, self.scale_out, self.dtype, name="fc2"
-        )
-        return narrow(ACTIVATIONS["quick_gelu"](wide_BPF))
-
-
 class VisionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -88,7 +69,7 @@ class VisionBlock(nn.Module):
             axes = ("vision_embed", "vision_mlp")
             mlp = GatedMLP(c.width, c.mlp_width, scale_out, "silu", True, axes, self.dtype, name="mlp")
         else:
-            mlp = VisionMLP(c, scale_out, self.dtype, name="mlp")
+            mlp = PlainMLP(c.width, c.mlp_width, scale_out, "quick_gelu", dtype=self.dtype, name="mlp")
         return x_BPE + mlp(_norm(c, self.dtype, "norm2")(x_BPE))
 
 

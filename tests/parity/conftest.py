@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,12 @@ def conversations(config: ModelConfig) -> dict[str, Conversation]:
 @pytest.fixture
 def talk():
     return conversations
+
+
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory):
+    """`make_reference`, each config once."""
+    return lru_cache(lambda config: make_reference(config, tmp_path_factory.mktemp("once")))
 
 
 @pytest.fixture

@@ -50,13 +50,6 @@ def case(request, build_once):
     return build_once(CASES[request.param])
 
 
-@pytest.fixture(scope="module")
-def build_once(tmp_path_factory):
-    from tests.parity.conftest import make_reference
-
-    return lru_cache(lambda config: make_reference(config, tmp_path_factory.mktemp("llava")))
-
-
 def settings(config: ModelConfig) -> TileSettings:
     return TileSettings(tile=config.vision.tile, patch_size=config.vision.patch_size, pinpoints=config.vision.pinpoints)
 

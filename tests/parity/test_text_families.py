@@ -68,13 +68,6 @@ def case(request, build_once):
     return build_once(CASES[request.param])
 
 
-@pytest.fixture(scope="module")
-def build_once(tmp_path_factory):
-    from tests.parity.conftest import make_reference
-
-    return lru_cache(lambda config: make_reference(config, tmp_path_factory.mktemp("text")))
-
-
 def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 96, (2, LENGTH)).astype(np.int32)
 
