@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -66,6 +67,18 @@ def declared(initializer: Normal | Constant, axes: tuple[str, ...]) -> Callable[
     return lambda key, shape, dtype: Declared(initializer(key, shape, dtype), axes, initializer=initializer)
 
 
+def low_rank(spec: str, x, a, b):
+    """What a pair of adapters adds to `einsum(spec, x, weight)`: (x·a)·b, the weight a·b never made.
+
+    "BLNH,NHD->BLD" becomes "BLNH,NHr->BLr" and "BLr,rD->BLD".
+    """
+    (given, letters), output = spec.split("->")[0].split(","), spec.split("->")[1]
+    summed = "".join(letter for letter in letters if letter not in output)
+    new = "".join(letter for letter in letters if letter in output)
+    middle = "".join(letter for letter in given if letter not in summed) + "r"
+    return jnp.einsum(f"{middle},r{new}->{output}", jnp.einsum(f"{given},{summed}r->{middle}", x, a), b)
+
+
 class Einsum(nn.Module):
     """`x` contracted with one weight as `spec` says, e.g. "BLD,DNH->BLNH", plus a bias over the new axes."""
 
@@ -85,6 +98,8 @@ class Einsum(nn.Module):
         init = declared(Normal(self.scale / math.sqrt(fan_in)), self.axes)
         weight: Any = self.param("weight", init, self.shape, jnp.float32)
         y = jnp.einsum(self.spec, x.astype(self.dtype), weight.astype(self.dtype))
+        if self.has_variable("lora", "a"):
+            y = y + low_rank(self.spec, x.astype(self.dtype), *_pair(self))
         if self.bias:
             kept = [i for i, gone in enumerate(summed) if not gone]
             assert output.endswith("".join(letters[i] for i in kept)), f"{self.spec}: the bias needs the new axes last"
@@ -132,6 +147,7 @@ class Embedding(nn.Module):
     width: int
     stddev: float = 0.02
     dtype: Any = jnp.float32
+    head: bool = False  # it only scores, and its adapters are those of a linear map from D to V
 
     def setup(self):
         init = declared(Normal(self.stddev), ("vocab", "embed"))
@@ -139,10 +155,27 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BL):
         # An id outside the table reads NaN instead of a wrong row.
-        return jnp.take(self.weight, tokens_BL, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
+        read = partial(jnp.take, indices=tokens_BL, axis=0, mode="fill", fill_value=jnp.nan)
+        x_BLD = read(self.weight).astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            a_Vr, b_rD = _pair(self)
+            x_BLD = x_BLD + jnp.einsum("BLr,rD->BLD", read(a_Vr), b_rD)
+        return x_BLD
 
     def scores(self, x):
-        return jnp.einsum("...D,VD->...V", x.astype(self.dtype), self.weight.astype(self.dtype))
+        x = x.astype(self.dtype)
+        scores = jnp.einsum("...D,VD->...V", x, self.weight.astype(self.dtype))
+        if self.has_variable("lora", "a"):
+            a, b = _pair(self)
+            down, up = ("...D,Dr->...r", "...r,rV->...V") if self.head else ("...D,rD->...r", "...r,Vr->...V")
+            first, second = (a, b) if self.head else (b, a)
+            scores = scores + jnp.einsum(up, jnp.einsum(down, x, first), second)
+        return scores
+
+
+def _pair(module: nn.Module) -> list[Any]:
+    """The module's adapters a and b, of the collection that `lora.scaled` makes."""
+    return [module.get_variable("lora", half).astype(module.dtype) for half in ("a", "b")]
 
 
 def frequencies(count: int, theta: Any) -> Array:

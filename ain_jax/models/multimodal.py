@@ -43,7 +43,9 @@ class MultimodalModel(nn.Module):
         elif c.vision:
             self.visual = VisionTower(c.vision, c.text.width, self.dtype, self.remat, self.longest_image)
         if not c.text.tied:
-            self.lm_head = Embedding(c.text.vocabulary, c.text.width, stddev=c.text.width**-0.5, dtype=self.dtype)
+            self.lm_head = Embedding(
+                c.text.vocabulary, c.text.width, stddev=c.text.width**-0.5, dtype=self.dtype, head=True
+            )
 
     def __call__(self, *batch, **fields):
         return self.hidden(*batch, **fields)
