@@ -57,6 +57,11 @@ def untied(tmp_path_factory) -> Reference:
     return make_reference(CASES["untied"], tmp_path_factory.mktemp("untied"))
 
 
+@pytest.fixture(scope="session")
+def windowed(build_once) -> Reference:
+    return build_once(CASES["qwen 2.5"])
+
+
 def make_reference(config: ModelConfig, folder: Path) -> Reference:
     """Weights so large that the logits have a standard deviation of 1 or more, and every bias and norm is felt."""
     torch = pytest.importorskip("torch")

@@ -284,10 +284,8 @@ def test_an_exported_folder_is_opened_to_the_same_model(tmp_path, build, tied):
     assert "logits differ by" in check(str(folder), str(tmp_path / "changed.npz"))[0]
 
 
-def test_windows_of_the_tower_are_felt(build, talk, tmp_path):
-    from tests.parity.conftest import tiny_2_5
-
-    params, config = load_folder(build(tiny_2_5(), tmp_path).folder)
+def test_windows_of_the_tower_are_felt(windowed, talk):
+    params, config = load_folder(windowed.folder)
     conversation = talk(config)["two uneven pictures"]
     arrays, length = row(config, conversation), len(conversation.tokens)
     unseeing = dataclasses.replace(config, vision=dataclasses.replace(config.vision, window=0, full_layers=()))
