@@ -26,8 +26,7 @@ import numpy as np
 from PIL import Image
 
 from ain_jax.data.images import CLIP_MEAN, CLIP_STD, config_faults, normalised, open_image, refuse, to_rgb
-
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+from ain_jax.models.hf_config import PINPOINTS
 
 
 @dataclass(frozen=True)

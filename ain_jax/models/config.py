@@ -198,7 +198,7 @@ class ClipConfig:
     norm_eps: float = 1e-5
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
     feature_layer: int = -2  # whose output is taken; 0 is the embedding, -1 the last layer
-    pinpoints: tuple[tuple[int, int], ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    pinpoints: tuple[tuple[int, int], ...] = hf_config.PINPOINTS
 
     @property
     def patch_values(self) -> int:
