@@ -51,6 +51,12 @@ def make_mesh(settings: Mesh) -> jax.sharding.Mesh:
     return jax.make_mesh(tuple(sizes), names, axis_types=(AxisType.Auto,) * len(names))
 
 
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of this process' first device alone."""
+    names = tuple(f.name for f in dataclasses.fields(Mesh))
+    return jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape((1,) * len(names)), names)
+
+
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
     """Where the axes of an array lie. A mesh axis is used once, and only where it divides the array's axis."""
     used: set[str] = set()

@@ -14,7 +14,6 @@ The scale is folded into nothing: `scaled` gives the Linen collection that the m
 """
 
 import math
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ain_jax.experiment import nearest
 from ain_jax.models.config import ModelConfig
-from ain_jax.weights.table import published, sizes
+from ain_jax.weights.table import groups, published, sizes
 
 ALL_LINEAR = "all-linear"
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
@@ -99,15 +98,14 @@ def sites(config: ModelConfig) -> dict[str, Site]:
     found = {}
     for place in published(config):
         *folders, module, leaf = place.path.split("/")
-        theirs, ours = place.layout.split("->")
-        groups = [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", theirs)]
+        theirs, ours = groups(place.layout)
         is_table = module == EMBEDDING
         # Positions, too, are read by id, and there is nothing to learn of low rank about them.
-        if leaf != "weight" or len(groups) != 2 or (not is_table and "embed" in module):
+        if leaf != "weight" or len(theirs) != 2 or (not is_table and "embed" in module):
             continue
-        inputs, outputs = groups if is_table else groups[::-1]
+        inputs, outputs = map(tuple, theirs if is_table else theirs[::-1])
         expected = (*outputs, *inputs) if module == HEAD else (*inputs, *outputs)
-        assert tuple(ours.split()) == expected, f"{place.path}: a·b has axes {expected}, the weight {ours.strip()}"
+        assert [[axis] for axis in expected] == ours, f"{place.path}: a·b has axes {expected}, the weight {ours}"
         found["/".join([*folders, module])] = Site(inputs, outputs, place.layers, is_table)
     return found
 

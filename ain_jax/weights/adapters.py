@@ -13,16 +13,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (lets numpy, and so safetensors, read bfloat16)
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ain_jax.models.config import ModelConfig
 from ain_jax.models.lora import ALL_LINEAR, EMBEDDING, HEAD, Lora, Site, pairs, sites
 from ain_jax.weights.export import replace_folder, write_json
-from ain_jax.weights.load import read_json
+from ain_jax.weights.shards import Stored, header, read_json
 from ain_jax.weights.table import canonical, published, rearrange, sizes
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
@@ -156,20 +154,20 @@ def load_adapters(
     attributes, faults = _attributes(folder)
     faults += _other_base(folder, config, tokenizer)
     reader = _Reader(config, attributes)
-    for name, shape in _stored(folder).items():
-        reader.place(name, shape)
+    tensors = _stored(folder)
+    for name, tensor in tensors.items():
+        reader.place(name, tensor.shape)
     faults += reader.faults + reader.missing()
     _stop(folder, faults)
 
     flat: dict[str, np.ndarray] = {}
-    with safe_open(folder / WEIGHTS, framework="numpy") as file:
-        for path in reader.paths():
-            site, letters = reader.sites[path], reader.letters | {"rank": reader.ranks[path]}
-            modules = [module for module, own in reader.places.items() if own == path]
-            for i, (half, layout) in enumerate(zip("ab", _layouts(site), strict=True)):
-                arrays = [rearrange(file.get_tensor(reader.names[m][i]), layout, letters) for m in modules]
-                flat[f"{path}/{half}"] = np.ascontiguousarray(arrays[0]) if site.layers is None else np.stack(arrays)
-        faults += [*_tied_faults(file, reader), *_copy_faults(file, reader, params)]
+    for path in reader.paths():
+        site, letters = reader.sites[path], reader.letters | {"rank": reader.ranks[path]}
+        modules = [module for module, own in reader.places.items() if own == path]
+        for i, (half, layout) in enumerate(zip("ab", _layouts(site), strict=True)):
+            arrays = [rearrange(tensors[reader.names[m][i]].read(), layout, letters) for m in modules]
+            flat[f"{path}/{half}"] = np.ascontiguousarray(arrays[0]) if site.layers is None else np.stack(arrays)
+    faults += [*_tied_faults(tensors, reader), *_copy_faults(tensors, reader, params)]
     _stop(folder, faults)
     return unflatten_dict(flat, sep="/"), reader.settings()
 
@@ -332,18 +330,13 @@ def _attributes(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return attributes, faults
 
 
-def _stored(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor."""
+def _stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder."""
     path = folder / WEIGHTS
     if not path.exists():
         found = ", ".join(sorted(p.name for p in folder.iterdir()))
         raise ValueError(f"{path} is missing; expected a folder as PEFT saves it with safetensors, found {found}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = file.keys()  # the file itself cannot be iterated
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}; download it again") from error
+    return {tensor.name: tensor for tensor in header(path)}
 
 
 def _other_base(folder: Path, config: ModelConfig, tokenizer: str) -> list[str]:
@@ -358,7 +351,7 @@ def _other_base(folder: Path, config: ModelConfig, tokenizer: str) -> list[str]:
     return faults
 
 
-def _tied_faults(file, reader: _Reader) -> list[str]:
+def _tied_faults(tensors: Mapping[str, Stored], reader: _Reader) -> list[str]:
     """The adapter of a tied head must be that of the embedding, turned."""
     if not any(reader.head):
         return []
@@ -368,11 +361,11 @@ def _tied_faults(file, reader: _Reader) -> list[str]:
     return [
         f"{WEIGHTS}: {head or 'a half of ' + HEAD} is not {table} turned, but config.json says tie_word_embeddings"
         for head, table in pairs_of_names
-        if not head or not np.array_equal(file.get_tensor(head), file.get_tensor(table).T)
+        if not head or not np.array_equal(tensors[head].read(), tensors[table].read().T)
     ]
 
 
-def _copy_faults(file, reader: _Reader, params: Mapping[str, Any] | None) -> list[str]:
+def _copy_faults(tensors: Mapping[str, Stored], reader: _Reader, params: Mapping[str, Any] | None) -> list[str]:
     """A copy of a base weight must be the base's own."""
     faults = []
     for module, name in reader.copies.items():
@@ -382,7 +375,7 @@ def _copy_faults(file, reader: _Reader, params: Mapping[str, Any] | None) -> lis
             faults.append(f"{WEIGHTS}: {name} is a copy of the base's weight; expected params, to compare it with")
             continue
         ours = flatten_dict(dict(params), sep="/")[f"{path}/weight"]
-        copy = file.get_tensor(name)
+        copy = tensors[name].read()
         if not np.array_equal(copy, np.asarray(ours).astype(copy.dtype)):
             faults.append(f"{WEIGHTS}: {name} differs from {path}/weight, expected the weight of the base")
     return faults

@@ -1,16 +1,31 @@
-"""A Hugging Face folder -> config and parameters, with every name accounted for."""
+"""A Hugging Face folder -> config and parameters, with every name accounted for.
 
-import json
+Weights go tensor by tensor from the file to the devices: each process reads the slices that its devices hold, they are
+turned as they are copied there, and cast and stacked there. The host holds one published tensor at a time, at most.
+"""
+
+import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (lets numpy, and so safetensors, read bfloat16)
+import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ain_jax.models.config import ModelConfig, from_hf
-from ain_jax.weights.table import canonical, published, rearrange, sizes, their_shape
+from ain_jax import sharding
+from ain_jax.data.images import ImageSettings, image_settings
+from ain_jax.data.tiles import TileSettings, tile_settings
+from ain_jax.models.config import ClipConfig, ModelConfig, from_hf
+from ain_jax.models.multimodal import abstract_params, axis_names
+from ain_jax.weights.shards import DTYPES, Stored, read_json, stored
+from ain_jax.weights.table import Place, canonical, groups, our_shape, published, rearrange, sizes, their_shape
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -18,115 +33,151 @@ def load_config(folder: str | Path) -> ModelConfig:
     return from_hf(read_json(Path(folder) / "config.json"))
 
 
-def load_folder(folder: str | Path, dtype: Any = None) -> tuple[dict[str, Any], ModelConfig]:
-    """(params, config): numpy arrays in our tree, cast to `dtype`, or as stored where none is given.
+def load_image_settings(folder: str | Path, config: ModelConfig) -> ImageSettings | TileSettings:
+    """How the folder's processor cuts pictures, from its `preprocessor_config.json`."""
+    attributes = read_json(Path(folder) / "preprocessor_config.json")
+    if isinstance(config.vision, ClipConfig):
+        return tile_settings(attributes, config.vision.patch_size)
+    return image_settings(attributes)
 
-    Raises one ValueError that lists every tensor that has no place, every place named twice or left empty, and every
-    wrong shape.
-    """
-    folder = Path(folder)
+
+def load_folder(
+    folder: str | Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[dict[str, Any], ModelConfig]:
+    """(params, config) of a folder; see `load_params`."""
     config = load_config(folder)
-    return load_params(folder, config, dtype), config
+    return load_params(folder, config, dtype, mesh), config
 
 
-def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
-    """The parameters of a folder whose config is known."""
+def load_params(
+    folder: str | Path, config: ModelConfig, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+) -> dict[str, Any]:
+    """The parameters of a folder whose config is known, in our tree, laid over the mesh as `sharding.RULES` says.
+
+    Cast to `dtype`, or as stored where none is given; on one device where no mesh is. Every process of the mesh calls
+    this. Raises one ValueError that lists every tensor that has no place, every place named twice or left empty, and
+    every wrong shape.
+    """
     folder, letters = Path(folder), sizes(config)
     places = {canonical(place.name): place for place in published(config)}
-    stored = _stored(folder)
-    faults = _faults(stored, places, letters, config.text.tied)
+    tensors = stored(folder)
+    faults = _faults(tensors, places, letters, config.text.tied)
     if faults:
         raise ValueError(f"{folder}: {len(faults)} faults:\n  " + "\n  ".join(faults))
+    _check_tied_copy(tensors, config.text.tied)
 
+    mesh = mesh or sharding.one_device()
+    shapes: dict[str, Any] = dict(flatten_dict(abstract_params(config), sep="/"))
+    layouts: dict[str, Any] = dict(
+        flatten_dict(sharding.shardings(axis_names(config), abstract_params(config), mesh), sep="/")
+    )
     params: dict[str, Any] = {}
-    for path, tensors in _by_file(stored).items():
-        with _open(path) as file:
-            for name in tensors:
-                if canonical(name) not in places:  # the copy of a tied head
-                    _check_tied_copy(file.get_tensor(name), path, params)
-                    continue
-                place = places[canonical(name)]
-                array = rearrange(file.get_tensor(name), place.layout, letters)
-                _put(params, place.path, array.astype(dtype or array.dtype, copy=False), place.layer, place.layers)
-    return params
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; expected a folder as transformers saves it") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-
-
-def _stored(folder: Path) -> list[tuple[str, Path, tuple[int, ...]]]:
-    """(name, file, shape) of every tensor of the folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise ValueError(f"{folder}: {index.name} names {', '.join(missing)}, not found; download the folder again")
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not names:
-            raise ValueError(f"{folder} holds no *.safetensors; expected a folder as transformers saves it")
-    stored = []
-    for path in (folder / name for name in names):
-        with _open(path) as file:
-            names_here = file.keys()  # the file itself cannot be iterated
-            stored += [(name, path, tuple(file.get_slice(name).get_shape())) for name in names_here]
-    return stored
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}; download it again") from error
-
-
-def _by_file(stored: list[tuple[str, Path, tuple[int, ...]]]) -> dict[Path, list[str]]:
-    files = defaultdict(list)
-    for name, path, _ in stored:
-        files[path].append(name)
-    # A tied head's copy is compared with the embedding, so it comes last.
-    order = sorted(files, key=lambda path: any(canonical(name) == "lm_head.weight" for name in files[path]))
-    return {path: sorted(files[path], key=lambda name: canonical(name) == "lm_head.weight") for path in order}
-
-
-def _faults(stored, places, letters, tied: bool) -> list[str]:
-    faults, filled = [], defaultdict(list)
-    for name, path, shape in stored:
-        place = canonical(name)
-        if place not in places:
-            if not (tied and place == "lm_head.weight"):
-                faults.append(f"{path.name}: {name} {shape} has no place in this model")
+    for tensor in tensors:
+        place = places.get(canonical(tensor.name))
+        if place is None:  # the copy of a tied head
             continue
-        filled[place].append(f"{path.name}: {name}")
+        where, kept = layouts[place.path], jnp.dtype(dtype or tensor.dtype)
+        if place.layer is None:
+            piece = _on_devices(tensor, place.layout, letters, where)
+            params[place.path] = piece if piece.dtype == kept else _cast(piece, kept)
+        else:
+            piece = _on_devices(tensor, place.layout, letters, NamedSharding(mesh, PartitionSpec(*where.spec[1:])))
+            if place.path not in params:
+                params[place.path] = _empty(shapes[place.path].shape, kept, where)
+            params[place.path] = _put(params[place.path], piece, jnp.int32(place.layer))
+        # Else the host would read on and pile up what the devices have not taken yet.
+        jax.block_until_ready(params[place.path])
+    return unflatten_dict(params, sep="/")
+
+
+def _on_devices(tensor: Stored, layout: str, letters: dict[str, int], where: NamedSharding) -> jax.Array:
+    """The tensor in our layout; a slice that several devices of this process hold is read once."""
+    slices: dict[str, np.ndarray] = {}
+
+    def read(index):
+        if str(index) not in slices:
+            slices[str(index)] = read_slice(tensor, layout, letters, index)
+        return slices[str(index)]
+
+    return jax.make_array_from_callback(our_shape(layout, letters), where, read)
+
+
+def read_slice(tensor: Stored, layout: str, letters: Mapping[str, int], index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of ours, a view of the bytes read: turning it is left to the copy to the device, which does it quicker.
+
+    Of joined axes only the slowest can be cut as they are read: of "(N H) D -> D N H" cut over N the rows are read that
+    are wanted, cut over H all are.
+    """
+    theirs, ours = groups(layout)
+    kept = {letter: slice(0, size) for letter, size in letters.items()}
+    kept |= {
+        axis[0]: slice(*part.indices(letters[axis[0]]))
+        for axis, part in zip(ours, index, strict=True)
+        if len(axis) == 1
+    }
+    length = lambda letter: kept[letter].stop - kept[letter].start
+    wanted, sizes = [], dict(letters)
+    for first, *rest in theirs:
+        inner = math.prod(letters[letter] for letter in rest)
+        if all(length(letter) == letters[letter] for letter in rest):
+            wanted.append(slice(kept[first].start * inner, kept[first].stop * inner))
+            sizes[first] = length(first)
+        else:
+            wanted.append(slice(None))
+    turned = rearrange(tensor.read(tuple(wanted)), layout, sizes)
+    left = [slice(None) if sizes[axis[0]] == length(axis[0]) else kept[axis[0]] for axis in ours]
+    return turned[tuple(left)]
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(piece, dtype):
+    return piece.astype(dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(shape, dtype, where):
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), where)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(stack, piece, layer):
+    """The stack with one layer more."""
+    update = partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+    if stack.dtype == piece.dtype == jnp.bfloat16:
+        # As bits: a CPU's compiler takes bfloat16 through float32, all layers of the stack.
+        bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+        return jax.lax.bitcast_convert_type(update(bits(stack), bits(piece)), jnp.bfloat16)
+    return update(stack, piece.astype(stack.dtype))
+
+
+def _faults(tensors: Sequence[Stored], places: Mapping[str, Place], letters: dict[str, int], tied: bool) -> list[str]:
+    faults, filled = [], defaultdict(list)
+    for tensor in tensors:
+        place, here = canonical(tensor.name), f"{tensor.path.name}: {tensor.name}"
+        if tensor.kind not in DTYPES:
+            faults.append(f"{here} has dtype {tensor.kind}, expected {', '.join(DTYPES)}: not quantised")
+        if place not in places:
+            if not (tied and place == HEAD):
+                faults.append(f"{here} {tensor.shape} has no place in this model")
+            continue
+        filled[place].append(here)
         expected = their_shape(places[place].layout, letters)
-        if shape != expected:
-            faults.append(f"{path.name}: {name} has shape {shape}, expected {expected}")
+        if tensor.shape != expected:
+            faults.append(f"{here} has shape {tensor.shape}, expected {expected}")
     faults += [f"{place} is given twice: {', '.join(names)}" for place, names in filled.items() if len(names) > 1]
     faults += [f"{place} is missing" for place in places if place not in filled]
     return faults
 
 
-def _check_tied_copy(head_VD: np.ndarray, path: Path, params: dict[str, Any]) -> None:
+def _check_tied_copy(tensors: Sequence[Stored], tied: bool) -> None:
     """Some tied checkpoints store the head as well: it must be the embedding, else it is not tied."""
-    if not np.array_equal(head_VD, params["model"]["embed_tokens"]["weight"].astype(head_VD.dtype)):
-        raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings")
-
-
-def _put(params: dict[str, Any], path: str, array: np.ndarray, layer: int | None, layers: int | None) -> None:
-    *folders, leaf = path.split("/")
-    for name in folders:
-        params = params.setdefault(name, {})
-    if layers is None:
-        params[leaf] = np.ascontiguousarray(array)
+    found = {canonical(tensor.name): tensor for tensor in tensors}
+    if not tied or HEAD not in found:
         return
-    if leaf not in params:
-        params[leaf] = np.empty((layers, *array.shape), array.dtype)
-    params[leaf][layer] = array
+    head, table = found[HEAD], found[EMBEDDING]
+    if head.shape != table.shape or any(
+        not np.array_equal(a.astype(b.dtype), b) for a, b in zip(table.blocks(), head.blocks(), strict=True)
+    ):
+        raise ValueError(
+            f"{head.path}: {head.name} differs from the embedding, but config.json says tie_word_embeddings"
+        )

@@ -253,7 +253,7 @@ def rearrange(array: np.ndarray, layout: str, letters: dict[str, int], reverse: 
 
     rearrange(ones(6, 4), "(N H) D -> D N H", {"N": 2, "H": 3, "D": 4}) has shape (4, 2, 3)
     """
-    source, target = (_axes(side) for side in (layout.split("->")[::-1] if reverse else layout.split("->")))
+    source, target = groups(layout)[::-1] if reverse else groups(layout)
     flat_source, flat_target = functools.reduce(operator.iadd, source, []), functools.reduce(operator.iadd, target, [])
     split = array.reshape([letters[letter] for letter in flat_source])
     turned = split.transpose([flat_source.index(letter) for letter in flat_target])
@@ -262,16 +262,20 @@ def rearrange(array: np.ndarray, layout: str, letters: dict[str, int], reverse: 
 
 def their_shape(layout: str, letters: dict[str, int]) -> tuple[int, ...]:
     """Shape of one published tensor."""
-    return _shape(_axes(layout.split("->")[0]), letters)
+    return _shape(groups(layout)[0], letters)
 
 
 def our_shape(layout: str, letters: dict[str, int]) -> tuple[int, ...]:
     """Shape of the same tensor in ours, one layer of it."""
-    return _shape(_axes(layout.split("->")[1]), letters)
+    return _shape(groups(layout)[1], letters)
 
 
-def _axes(side: str) -> list[list[str]]:
-    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", side)]
+def groups(layout: str) -> tuple[list[list[str]], list[list[str]]]:
+    """The letters of each axis, theirs and ours: "(N H) D -> D N H" is [[N, H], [D]] and [[D], [N], [H]]."""
+    theirs, ours = (
+        [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", side)] for side in layout.split("->")
+    )
+    return theirs, ours
 
 
 def _shape(axes: list[list[str]], letters: dict[str, int]) -> tuple[int, ...]:
