@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from ain_jax import sample, sharding
 from ain_jax.data import formats, loader, pack_plan
@@ -19,7 +20,9 @@ from ain_jax.data.images import ImageSettings
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
 from ain_jax.experiment import Resolved, nearest
+from ain_jax.models import lora
 from ain_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from ain_jax.models.lora import Lora
 from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
 from ain_jax.tokenizer import chat
 from ain_jax.tokenizer.extend import padded_vocab
@@ -27,22 +30,29 @@ from ain_jax.train import checkpoint, metrics, optimizer, state, step
 from ain_jax.train.loop import Trainer, train
 from ain_jax.train.losses import Loss
 from ain_jax.train.optimizer import Optimizer
+from ain_jax.weights import load
+
+EXTEND = "extend_tokenizer"
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The sizes of the decoder and its image encoder; ids and the number of rows come from the tokenizer."""
+    """The model: a published folder, whose sizes, weights, tokenizer and image settings are taken, or sizes.
 
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp_width: int
-    vision_width: int
-    vision_layers: int
-    vision_heads: int
+    Of sizes a Qwen2-VL is made; ids and the number of rows come from the extended tokenizer.
+    """
+
+    folder: str = ""  # as transformers saves it
+    width: int = 0
+    layers: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    mlp_width: int = 0
+    vision_width: int = 0
+    vision_layers: int = 0
+    vision_heads: int = 0
     tied: bool = True
     rope_theta: float = 10_000.0
     mrope_section: tuple[int, int, int] | None = None  # None: half the frequencies for time, a quarter for each side
@@ -51,13 +61,25 @@ class Model:
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
+        sizes = [f for f in dataclasses.fields(self) if f.name not in ("folder", "remat")]
+        if self.folder:
+            given = [f.name for f in sizes if getattr(self, f.name) != f.default]
+            if given:
+                raise ValueError(f"folder = {self.folder!r} has sizes of its own: leave {', '.join(given)} out")
+            return
+        missing = [f.name for f in sizes if f.default == 0 and getattr(self, f.name) < 1]
+        if missing:
+            raise ValueError(f"{', '.join(missing)}: expected 1 or more each, or folder, a published model")
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} is no multiple of heads = {self.heads}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The weights that a stage begins with: those of an earlier stage's last step, or random ones ("")."""
+    """The weights that a stage begins with: those of an earlier stage's last step, or ("") the model's own.
+
+    The model's own are those of `Model.folder`, or random ones.
+    """
 
     stage: str = ""
 
@@ -88,15 +110,33 @@ class StageRun:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The extended tokenizer of this run."""
-        folder = self.root / "extend_tokenizer" / "tokenizer"
+        """The tokenizer of this run."""
+        return chat.load_tokenizer(self.tokenizer_folder)
+
+    @property
+    def base(self) -> Path | None:
+        """The published folder that the model is taken from, or None."""
+        folder = self.get(Model).folder
+        if folder and EXTEND in self.resolved.experiment.stages:
+            raise ValueError(
+                f"Model.folder = {folder!r} has a tokenizer of its own, and its rows do not grow yet: "
+                f"take {EXTEND} out of Experiment.stages"
+            )
+        return Path(folder) if folder else None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies: the extended one of this run, or that of the published model."""
+        folder = self.base or self.root / EXTEND / "tokenizer"
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not there yet: run the stage extend_tokenizer first")
-        return chat.load_tokenizer(folder)
+            raise ValueError(f"{folder} is not there" + ("" if self.base else f" yet: run the stage {EXTEND} first"))
+        return folder
 
     @functools.cached_property
     def config(self) -> ModelConfig:
         """The model's sizes, joined with the tokenizer's ids."""
+        if self.base:
+            return load.load_config(self.base)
         m, images = self.get(Model), self.get(ImageSettings)
         ids: dict[str, Any] = {
             f"{name}_token_id": self.token(f"<|{token}|>")
@@ -135,9 +175,18 @@ class StageRun:
         return ModelConfig(text, vision, bos_token_id=self.tokenizer.bos_token_id, **ids)
 
     @functools.cached_property
+    def images(self) -> ImageSettings:
+        """How pictures are cut: as the published model's processor does, else as the experiment says."""
+        if self.base is None or self.config.vision is None:
+            return self.get(ImageSettings)
+        settings = load.load_image_settings(self.base, self.config)
+        if not isinstance(settings, ImageSettings):
+            raise ValueError(f"{self.base}: training a {self.config.family} with pictures is not supported yet")
+        return settings
+
+    @functools.cached_property
     def model(self) -> MultimodalModel:
-        images = self.get(ImageSettings)
-        longest = images.max_pixels // images.patch_size**2
+        longest = self.images.max_pixels // self.images.patch_size**2
         return MultimodalModel(self.config, remat=self.get(Model).remat, longest_image=longest)
 
     @functools.cached_property
@@ -171,11 +220,18 @@ class StageRun:
             if not kept:
                 raise ValueError(f"source {name!r}: no record in {language!r}; {kind} has {', '.join(present)}")
             records = kept
-        images = self.get(ImageSettings) if packing.row_patches else None
+        images = self._pictures(packing)
         label = Path(name).stem if name.endswith(".jsonl") else kind
         mark = "/".join((mark, split, name))
         cache = self.root / "data" / "tokenised"
         return tokenise(records, label, self.tokenizer, images, packing.row_tokens, mark, cache)
+
+    def _pictures(self, packing: Packing) -> ImageSettings | None:
+        if packing.row_patches and self.config.vision is None:
+            raise ValueError(
+                f"Packing.row_patches = {packing.row_patches}, and this {self.config.family} reads no pictures: set 0"
+            )
+        return self.images if packing.row_patches else None
 
     def rows(
         self,
@@ -190,7 +246,7 @@ class StageRun:
         packing = packing or self.get(Packing)
         path = self.folder / f"{name}.npz"
         plan = pack_plan.plan(dict(sources), mixture, packing, count, self.seed(name), path)
-        images = self.get(ImageSettings) if packing.row_patches else None
+        images = self._pictures(packing)
         return loader.Rows(plan, list(sources.values()), packing, self.config.image_token_id, images, pairs)
 
     def training_rows(self, pairs: bool = False) -> loader.Rows:
@@ -209,26 +265,42 @@ class StageRun:
         placed = sharding.shardings(axis_names(self.config), shapes, self.mesh)
         return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
 
-    def random_params(self) -> Any:
-        """Untrained parameters, the same for every stage of the experiment."""
+    def initial_params(self) -> Any:
+        """The parameters before any stage: the published model's, or random ones, the same for every stage."""
+        if self.base:
+            return load.load_params(self.base, self.config, jnp.float32, self.mesh)
         key = jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
         drawn = init_params(self.config, key)
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), drawn, self.layout())
 
+    def initial_adapters(self) -> Any:
+        """The low-rank pairs that this stage begins with."""
+        drawn = lora.init(self.get(Lora), self.config, jax.random.key(self.seed("adapters")))
+        placed = sharding.shardings(lora.axis_names(drawn, axis_names(self.config)), drawn, self.mesh)
+        return jax.tree.map(jax.device_put, drawn, placed)
+
+    def trained_adapters(self, stage: str, step: int | None = None) -> Any:
+        """The low-rank pairs that a stage ended with, or had at a step."""
+        return checkpoint.load_params(self.root / stage / "checkpoints", self.of(stage).initial_adapters(), step)
+
     def trained_params(self, stage: str, step: int | None = None) -> Any:
-        """The parameters that a stage ended with, or had at a step whose checkpoint is kept."""
-        return checkpoint.load_params(self.root / stage / "checkpoints", self.layout(), step)
+        """The parameters that a stage ended with, or had at a step whose checkpoint is kept; adapters merged."""
+        run = self.of(stage)
+        if not run.get(Lora).rank:
+            return checkpoint.load_params(self.root / stage / "checkpoints", self.layout(), step)
+        merged = lora.merge(run.starting_params(), self.trained_adapters(stage, step), run.get(Lora))
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), merged, self.layout())
 
     def starting_params(self) -> Any:
         """The parameters that this stage begins with."""
         stage = self.get(Start).stage
         if not stage:
-            return self.random_params()
+            return self.initial_params()
         stages = self.resolved.experiment.stages
         if stage not in stages or stages.index(stage) >= stages.index(self.stage):
             raise ValueError(
                 f"{self.stage}/Start.stage = {stage!r}: expected one of the stages before it, "
-                f'{", ".join(stages[: stages.index(self.stage)])}, or "" for random weights'
+                f'{", ".join(stages[: stages.index(self.stage)])}, or "" for the weights of Model'
             )
         return self.trained_params(stage)
 
@@ -238,18 +310,30 @@ class StageRun:
 
 
 def fit(run: StageRun, params: Any, loss: Loss, rows: loader.Rows) -> dict[str, Any]:
-    """Train `params` on `rows` to the last step, from the newest checkpoint if there is one; what it came to."""
-    trainer, settings = run.get(Trainer), run.get(Optimizer)
+    """Train `params` on `rows` to the last step, from the newest checkpoint if there is one; what it came to.
+
+    With `Lora.rank` the parameters stay, and what is trained and saved are the pairs beside them.
+    """
+    trainer, settings, adapted = run.get(Trainer), run.get(Optimizer), run.get(Lora)
     with jax.set_mesh(run.mesh):
-        rates = optimizer.rate_tree(params, settings.rates)
-        transform = optimizer.make(settings, params, trainer.steps)
-        update = step.make_update(loss, transform, rates, trainer.accumulate)
+        trained, frozen, aim = params, {}, loss
+        if adapted.rank:
+            if settings.matrix_rate:
+                raise ValueError(
+                    f"{run.stage}/Optimizer.matrix_rate = {settings.matrix_rate} is for whole matrices, not for the "
+                    f"pairs of Lora.rank = {adapted.rank}: set it to 0"
+                )
+            trained, frozen = run.initial_adapters(), params
+            aim = lambda pairs, base, *rest: loss(base, {"lora": lora.scaled(pairs, adapted)}, *rest)
+        rates = optimizer.rate_tree(trained, settings.rates)
+        transform = optimizer.make(settings, trained, trainer.steps)
+        update = step.make_update(aim, transform, rates, trainer.accumulate)
         checkpoints = checkpoint.Checkpoints(run.folder / "checkpoints", trainer.keep)
         try:
             train(
                 update=update,
-                state=state.create(params, transform),
-                frozen={},
+                state=state.create(trained, transform),
+                frozen=frozen,
                 batches=lambda start: run.batches(rows, trainer.rows, start),
                 trainer=trainer,
                 key=jax.random.key(run.seed("training")),

@@ -12,7 +12,6 @@ import jax
 from tqdm import tqdm
 
 from ain_jax.data.formats import Record
-from ain_jax.data.images import ImageSettings
 from ain_jax.data.packing import Packing
 from ain_jax.evaluate import likelihood, ngram, scores
 from ain_jax.generate import Prompt, generate, prompt_with_images
@@ -65,7 +64,7 @@ def _kept(path: Path, make: Any) -> Any:
 
 
 def _one_model(stage: common.StageRun, settings: Evaluation, name: str) -> dict[str, Any]:
-    params = stage.random_params() if name == UNTRAINED else stage.trained_params(name)
+    params = stage.initial_params() if name == UNTRAINED else stage.trained_params(name)
     result: dict[str, Any] = {}
     if name in settings.texts_of:
         result["bits_per_byte"] = _bits_per_byte(stage, settings, params)
@@ -111,7 +110,7 @@ def _answers(stage: common.StageRun, settings: Evaluation, params: Any, model: s
     asked = {name: list(stage.records(kind, split)[0]) for name, kind, split in QUESTIONS}
     prompts = [_prompt(stage, record) for records in asked.values() for record in records]
     # All in one call, so that few shapes are compiled.
-    ids = iter(generate(params, stage.config, prompts, settings.answer_tokens, [stage.token("<|im_end|>")], rows=64))
+    ids = iter(generate(params, stage.config, prompts, settings.answer_tokens, stage.config.stop_ids, rows=64))
     result: dict[str, Any] = {}
     for name, kind, _ in QUESTIONS:
         records = asked[name]
@@ -157,7 +156,7 @@ def _picture(folder: Path, stem: str, picture: bytes) -> str:
 
 
 def _prompt(stage: common.StageRun, record: Record) -> Prompt:
-    settings = stage.get(ImageSettings)
+    settings = stage.images
     prompt = prompt_with_images([], record.images, settings)
     counts = [int(t * h * w) // settings.merge_size**2 for t, h, w in prompt.grids]
     tokens = chat.encode_prompt(stage.tokenizer, record.messages[:-1], counts)

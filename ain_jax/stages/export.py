@@ -2,7 +2,8 @@
 
     python -m ain_jax.stages.export --run runs/ain_tiny --stage instruct --step 700 --out exported
 
-writes any checkpoint that a run holds, at any time, beside what the run itself exports at its end.
+writes any checkpoint that a run holds, at any time, beside what the run itself exports at its end. Of a stage that
+trained low-rank adapters it writes these alone, as PEFT opens them, or with --merge_lora the whole model with them.
 """
 
 import argparse
@@ -10,11 +11,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ain_jax.data.images import ImageSettings
+import jax
+
+from ain_jax.data.examples import tokenizer_fingerprint
+from ain_jax.models.lora import Lora
 from ain_jax.stages import common
 from ain_jax.weights import export
+from ain_jax.weights.adapters import save_adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,9 @@ class Export:
 
     stage: str = "prefer"  # whose last weights are exported
     folder: str = "export"
+    merge_lora: bool = False  # the whole model with the stage's adapters in it, not the adapters alone
+    dtype: Literal["", "float32", "bfloat16"] = ""  # of the weights written; "" as they are trained
+    base: str = ""  # the published name of the model that was trained on, for the model card
     licence: str = ""
     data: str = ""  # a line for the model card
 
@@ -30,30 +38,42 @@ class Export:
 def run(stage: common.StageRun) -> dict[str, Any]:
     settings = stage.get(Export)
     place = stage.root / settings.folder
-    write(stage, settings.stage, None, place)
+    write(stage, settings.stage, None, place, settings.merge_lora)
     files = sorted(p for p in Path(place).iterdir() if p.is_file())
     return {"folder": settings.folder, "files": {p.name: p.stat().st_size for p in files}}
 
 
-def write(stage: common.StageRun, trained: str, step: int | None, place: Path) -> None:
+def write(stage: common.StageRun, trained: str, step: int | None, place: Path, merge_lora: bool) -> None:
     """Export what the stage `trained` had at a step, or at its newest checkpoint.
 
     The parameters stay on the devices as they are laid out there; the host holds one shard of the folder at a time.
     """
     settings, experiment = stage.get(Export), stage.resolved.experiment
-    if trained not in experiment.stages:
-        raise ValueError(f"Export.stage = {trained!r}: expected one of {', '.join(experiment.stages)}")
+    training = [name for name in experiment.stages if Lora.__name__ in stage.resolved.stage(name)]
+    if trained not in training:
+        raise ValueError(f"stage {trained!r} trains no weights: expected one of {', '.join(training)}")
+    adapted = stage.of(trained).get(Lora)
+    if merge_lora and not adapted.rank:
+        raise ValueError(f"merge_lora: the stage {trained} trains the whole weights, no adapters; leave it out")
+    if adapted.rank and not merge_lora:
+        pairs, fingerprint = stage.trained_adapters(trained, step), tokenizer_fingerprint(stage.tokenizer)
+        # What lies under an earlier stage's weights has no name that PEFT could open.
+        base = "" if stage.of(trained).get(common.Start).stage else str(stage.base or "")
+        save_adapters(pairs, adapted, stage.config, place, base=base, tokenizer=fingerprint)
+        return
     params = stage.trained_params(trained, step)
+    if settings.dtype:
+        params = jax.tree.map(lambda x: x.astype(settings.dtype), params)
     when = f"after the stage {trained}" if step is None else f"at step {step} of the stage {trained}"
     card = export.card(
         f"{experiment.name}, {when}",
+        base=settings.base or (stage.base.name if stage.base else ""),
         licence=settings.licence,
         data=settings.data,
         experiment=experiment.name,
         pictures=stage.config.vision is not None,
     )
-    tokenizer = stage.root / "extend_tokenizer" / "tokenizer"
-    export.export_folder(params, stage.config, tokenizer, stage.get(ImageSettings), place, model_card=card)
+    export.export_folder(params, stage.config, stage.tokenizer_folder, stage.images, place, model_card=card)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", help="whose weights (default: the stage that the experiment exports)")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--out", type=Path, help="the folder to write (default: RUN/export-STAGE-STEP)")
+    parser.add_argument("--merge_lora", action="store_true", help="the whole model, the stage's adapters merged")
     given = parser.parse_args(arguments)
     try:
         file = given.run / "config.gin"
@@ -78,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trained = given.stage or stage.get(Export).stage
         name = f"export-{trained}" + ("" if given.step is None else f"-{given.step}")
         place = given.out or given.run / name
-        write(stage, trained, given.step, place)
+        write(stage, trained, given.step, place, given.merge_lora)
     except (ValueError, OSError) as fault:
         print(f"ain_jax: {fault}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ from ain_jax.data.builders.sample_records import SampleParams
 from ain_jax.data.images import ImageSettings
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
+from ain_jax.models.lora import Lora
 from ain_jax.sharding import Mesh
 from ain_jax.stages import evaluate, export, extend_tokenizer, instruct, prefer, pretrain
 from ain_jax.stages.common import Model, StageRun, Start
@@ -19,7 +20,7 @@ from ain_jax.train.losses import NextToken
 from ain_jax.train.optimizer import Optimizer
 
 _MODEL = (SampleParams, Packing, ImageSettings, Model, Mesh)
-_TRAINING = (*_MODEL, Mixture, Start, Optimizer, Trainer)
+_TRAINING = (*_MODEL, Mixture, Start, Lora, Optimizer, Trainer)
 
 SETTINGS: Mapping[str, tuple[type, ...]] = {
     "extend_tokenizer": (Tokenizer, SampleParams),

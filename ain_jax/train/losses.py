@@ -1,12 +1,13 @@
-"""Loss functions: (params, frozen, batch, key) -> sums and counts. Nothing is divided here.
+"""Loss functions: (params, others, batch, key) -> sums and counts. Nothing is divided here.
 
-Division happens once, by the global count, in `step.py`: so accumulation, packing and the number of devices leave
-the loss as it is.
+`others` are further collections that the model reads beside its parameters: {}, or {"lora": ...}. Division happens
+once, by the global count, in `step.py`: so accumulation, packing and the number of devices leave the loss as it is.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -41,19 +42,23 @@ class NextToken:
 
 PLAIN = NextToken()
 
+NONE: Mapping[str, Any] = MappingProxyType({})
 TARGET_CHUNK = 64  # learnt positions of each row whose logits are held at once, where they are too many to hold all
 HELD_LOGITS = 2**25  # this many are held until the backward pass: 128 MiB in float32
 
 
-def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def target_log_probs(
+    model: Any, params: Any, batch: Batch, others: Mapping[str, Any] = NONE
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Three (B, C) arrays: log-probability in nats of each target, whether the model's first choice is it, and the
     mean log-probability of the whole vocabulary there (for label smoothing).
 
     The head runs on learnt positions only. Where their logits are more than HELD_LOGITS it runs in chunks whose
     logits are made anew in the backward pass: memory holds B x TARGET_CHUNK rows of the vocabulary, never the whole.
     """
+    variables = {"params": params, **others}
     hidden_BLD = model.apply(
-        {"params": params},
+        variables,
         tokens_BL=batch.tokens_BL,
         positions_3BL=jnp.moveaxis(batch.positions_B3L, 1, 0),
         segments_BL=batch.segments_BL,
@@ -65,8 +70,8 @@ def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, 
     )
     hidden_BCD = jnp.take_along_axis(hidden_BLD, batch.predict_at_BC[..., None], axis=1)
     B, C = batch.predict_at_BC.shape
-    score = functools.partial(_score, model, params)
-    logits = jax.eval_shape(functools.partial(model.apply, method="logits"), {"params": params}, hidden_BCD)
+    score = functools.partial(_score, model, variables)
+    logits = jax.eval_shape(functools.partial(model.apply, method="logits"), variables, hidden_BCD)
     if logits.size <= HELD_LOGITS:
         return score(hidden_BCD, batch.targets_BC)
     chunk = min(TARGET_CHUNK, C)
@@ -82,9 +87,9 @@ def target_log_probs(model: Any, params: Any, batch: Batch) -> tuple[jax.Array, 
     return log_probs_BC, correct_BC, mean_BC
 
 
-def _score(model: Any, params: Any, hidden_BCD: jax.Array, targets_BC: jax.Array):
+def _score(model: Any, variables: Any, hidden_BCD: jax.Array, targets_BC: jax.Array):
     """What `target_log_probs` returns, of these positions."""
-    logits_BCV = model.apply({"params": params}, hidden_BCD, method="logits").astype(jnp.float32)
+    logits_BCV = model.apply(variables, hidden_BCD, method="logits").astype(jnp.float32)
     chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     norm_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     correct_BC = chosen_BC >= logits_BCV.max(axis=-1)
@@ -109,9 +114,9 @@ def next_token(model: Any, groups: int, settings: NextToken = PLAIN) -> Loss:
     The reported `loss` is the plain cross-entropy.
     """
 
-    def loss(params: Any, frozen: Any, batch: Batch, key: Any) -> Sums:
-        del frozen, key
-        log_probs_BC, correct_BC, mean_BC = target_log_probs(model, params, batch)
+    def loss(params: Any, others: Mapping[str, Any], batch: Batch, key: Any) -> Sums:
+        del key
+        log_probs_BC, correct_BC, mean_BC = target_log_probs(model, params, batch, others)
         weights_BC = (batch.target_segments_BC > 0).astype(jnp.float32)
         parts = {
             "loss": group_sums(-log_probs_BC, weights_BC, batch.target_groups_BC, groups),
@@ -125,12 +130,14 @@ def next_token(model: Any, groups: int, settings: NextToken = PLAIN) -> Loss:
     return loss
 
 
-def pair_log_probs(model: Any, params: Any, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
+def pair_log_probs(
+    model: Any, params: Any, batch: PairBatch, others: Mapping[str, Any] = NONE
+) -> tuple[jax.Array, jax.Array]:
     """Log-probability in nats of the better and the worse answer of each pair, and their lengths in tokens.
 
     Both are (B, N, 2); an unused place has 0 and 0.
     """
-    log_probs_BC, _, _ = target_log_probs(model, params, batch.rows)
+    log_probs_BC, _, _ = target_log_probs(model, params, batch.rows, others)
     segments_BC = batch.rows.target_segments_BC
     pairs = batch.pair_groups_BN.shape[1]
     # Segment 0 collects the unused places and is cut off; segments 1, 2 are pair 0, 3, 4 pair 1, ...
@@ -150,9 +157,9 @@ def preference(model: Any, groups: int, beta: float, sft: float = 0.0) -> Loss:
     difference), drift (r of the better answer: below 0 it has become less likely).
     """
 
-    def loss(params: Any, frozen: Any, batch: PairBatch, key: Any) -> Sums:
-        del frozen, key
-        log_probs_BN2, lengths_BN2 = pair_log_probs(model, params, batch)
+    def loss(params: Any, others: Mapping[str, Any], batch: PairBatch, key: Any) -> Sums:
+        del key
+        log_probs_BN2, lengths_BN2 = pair_log_probs(model, params, batch, others)
         ratio_BN2 = log_probs_BN2 - batch.reference_BN2
         nll_BN = -log_probs_BN2[..., 0] / jnp.maximum(lengths_BN2[..., 0], 1)
         margin_BN = beta * (ratio_BN2[..., 0] - ratio_BN2[..., 1])

@@ -1,7 +1,7 @@
 """Schedule, parameter groups and what stays frozen -> one optax transformation."""
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -96,13 +96,18 @@ def matrices(params: Any) -> Any:
 
     def is_matrix(path, leaf):
         parts = path_name(path).split("/")
-        stacked = "layers" in parts or "blocks" in parts
-        return parts[-1] != "bias" and leaf.ndim - stacked >= 2
+        return parts[-1] != "bias" and leaf.ndim - _stacked(parts) >= 2
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-OUTSIDE_LAYERS = ("embed_tokens", "lm_head", "patch_embed")
+OUTSIDE_LAYERS = ("embed_tokens", "lm_head", "patch_embed", "embeddings")
+STACKS = ("layers", "last_layers", "blocks")
+
+
+def _stacked(parts: Sequence[str]) -> int:
+    """1 where the first axis of a parameter counts the layers."""
+    return int(any(name in parts for name in STACKS))
 
 
 def muon_axes(params: Any) -> Any:
@@ -110,10 +115,10 @@ def muon_axes(params: Any) -> Any:
 
     def axes(path, leaf, is_matrix):
         parts = path_name(path).split("/")
-        if not is_matrix or any(name in parts for name in OUTSIDE_LAYERS):
+        if not is_matrix or parts[-1] != "weight" or any(name in parts for name in OUTSIDE_LAYERS):
             return None
-        first = int("layers" in parts or "blocks" in parts)  # behind the axis that stacks the layers
-        inputs = 2 if "o_proj" in parts else 1  # heads and their width are joined there
+        first = _stacked(parts)  # behind the axis that stacks the layers
+        inputs = 2 if {"o_proj", "out_proj"}.intersection(parts) else 1  # heads and their width are joined there
         return contrib.MuonDimensionNumbers(
             reduction_axis=tuple(range(first, first + inputs)), output_axis=tuple(range(first + inputs, leaf.ndim))
         )

@@ -1,0 +1,189 @@
+"""A published folder in, trained whole or by adapters, and a folder out."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ain_jax import run
+from ain_jax.data.images import ImageSettings
+from ain_jax.models import lora
+from ain_jax.models.config import ModelConfig, tiny
+from ain_jax.models.multimodal import init_params
+from ain_jax.stages import export as export_stage
+from ain_jax.tokenizer.extend import padded_vocab
+from ain_jax.weights.adapters import load_adapters
+from ain_jax.weights.export import export_folder
+from ain_jax.weights.load import load_folder
+from ain_jax.weights.shards import read_json
+
+SETTINGS = ImageSettings(patch_size=4, min_pixels=64, max_pixels=1024)
+EXPERIMENT = """
+Experiment.name = "folder"
+Experiment.stages = {stages}
+Model.folder = "{folder}"
+Packing.row_tokens = 192
+Packing.row_patches = {patches}
+Optimizer.learning_rate = 0.01
+Trainer.steps = 3
+Trainer.rows = 2
+instruct/Mixture.weights = {{"{data}/talks.jsonl": 1.0}}
+export/Export.stage = "instruct"
+"""
+PREFER = """
+prefer/Start.stage = "instruct"
+prefer/Mixture.weights = {{"{data}/pairs.jsonl": 1.0}}
+"""
+LORA = """
+Lora.rank = 2
+Lora.targets = ("q_proj", "down_proj", "attn/proj")
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tokenizer_folder, tmp_path_factory):
+    """A Qwen2-VL and a Llama as their makers publish them."""
+    root, token = tmp_path_factory.mktemp("published"), tokenizer.convert_tokens_to_ids
+    ids = {f"{name}_token_id": token(f"<|{text}|>") for name, text in {"image": "image_pad", "eos": "im_end"}.items()}
+    ids |= {f"{name}_token_id": token(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    ids["video_token_id"] = token("<|video_pad|>")
+    rows = padded_vocab(len(tokenizer), 64)
+    seen = tiny(vocabulary=rows)
+    pictures = ModelConfig(seen.text, seen.vision, **ids)
+    text = ModelConfig(
+        tiny(vocabulary=rows, mrope_section=None, qkv_bias=False).text, family="llama", eos_token_id=ids["eos_token_id"]
+    )
+    for name, config, settings in (("qwen2_vl", pictures, SETTINGS), ("llama", text, None)):
+        export_folder(init_params(config, jax.random.key(0)), config, tokenizer_folder, settings, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Conversations, some about a picture, and pairs."""
+    folder = tmp_path_factory.mktemp("data")
+    Image.new("RGB", (16, 24), "red").save(folder / "red.png")
+    talk = lambda ask, say: [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]
+    talks = [{"messages": talk(f"كم {n}؟", f"هذه {n}")} for n in range(8)]
+    seen = [{"messages": talk("<image>ما هذا؟", "أحمر"), "images": ["red.png"]}]
+    pairs = [{"messages": talk(f"كم {n}؟", f"هذه {n}"), "rejected": "لا"} for n in range(8)]
+    for name, lines in (("talks", talks + seen), ("texts", talks), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def go(root, text, *more):
+    file = root / "folder.gin"
+    file.write_text(text, encoding="utf-8")
+    return run.main(["--exp", str(file), "--run_dir", str(root / "run"), *more])
+
+
+def experiment(folder, data, stages='("instruct", "export")', extra="", patches=64):
+    text = EXPERIMENT.format(folder=folder, data=data, stages=stages, patches=patches)
+    return text + extra.format(data=data)
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
+
+
+def first_loss(root, stage="instruct"):
+    return json.loads((root / "run" / stage / "metrics.jsonl").read_text("utf-8").splitlines()[0])["loss"]
+
+
+@pytest.fixture(scope="module")
+def adapted(folders, data, tmp_path_factory):
+    """A run in which two stages one after another train adapters."""
+    root = tmp_path_factory.mktemp("adapted")
+    assert go(root, experiment(folders / "qwen2_vl", data, '("instruct", "prefer", "export")', LORA + PREFER)) == 0
+    return root
+
+
+def test_adapters_are_trained_beside_the_folder_and_exported_alone(adapted, folders):
+    base, config = load_folder(folders / "qwen2_vl")
+    pairs, settings = load_adapters(adapted / "run" / "export", config, base)
+    assert (settings.rank, len(settings.targets)) == (2, 3)
+    moved = {path.rpartition("/")[2]: float(np.abs(b).max()) for path, _, b in lora.pairs(pairs)}
+    assert moved.keys() == {"q_proj", "down_proj", "proj"} and all(size > 1e-4 for size in moved.values())
+    assert read_json(adapted / "run" / "export" / "adapter_config.json")["base_model_name_or_path"] == str(
+        folders / "qwen2_vl"
+    )
+    checkpoint = sum(p.stat().st_size for p in (adapted / "run" / "instruct" / "checkpoints").rglob("*") if p.is_file())
+    assert checkpoint < 4 * (folders / "qwen2_vl" / "model.safetensors").stat().st_size
+
+
+def test_merged_they_are_a_folder_of_the_same_kind(adapted, folders, tmp_path):
+    base, config = load_folder(folders / "qwen2_vl")
+    pairs, settings = load_adapters(adapted / "run" / "export", config, base)
+    arguments = ["--run", str(adapted / "run"), "--stage", "instruct", "--merge_lora", "--out", str(tmp_path / "whole")]
+    assert export_stage.main(arguments) == 0
+    merged, its_config = load_folder(tmp_path / "whole")
+    assert its_config == config and same(merged, lora.merge(base, pairs, settings)) and not same(merged, base)
+    card = (tmp_path / "whole" / "README.md").read_text("utf-8")
+    assert "base_model: qwen2_vl" in card and "at step" not in card
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name for path in (folders / "qwen2_vl").iterdir()}
+
+
+def test_the_reference_of_preferences_is_the_model_that_they_begin_with(adapted, capsys):
+    assert first_loss(adapted, "prefer") == pytest.approx(np.log(2), abs=1e-5)
+    assert (
+        export_stage.main(["--run", str(adapted / "run"), "--stage", "prefer", "--out", str(adapted / "second")]) == 0
+    )
+    # What it lies over, the base and the adapters before it, is no folder that could be named.
+    assert read_json(adapted / "second" / "adapter_config.json")["base_model_name_or_path"] is None
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llama"])
+def test_the_whole_folder_is_trained_and_keeps_its_form(folders, data, tmp_path, family):
+    text = experiment(folders / family, data, patches=64 if family == "qwen2_vl" else 0)
+    if family == "llama":
+        text = text.replace("talks", "texts")
+    assert go(tmp_path, text, "--set", 'export/Export.dtype="bfloat16"') == 0
+    (base, config), (params, its_config) = load_folder(folders / family), load_folder(tmp_path / "run" / "export")
+    assert its_config == config
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a, np.float32) - np.asarray(b)).max()), params, base)
+    assert all(size > 1e-3 for size in jax.tree.leaves(moved))
+
+
+def test_it_begins_with_the_loss_of_the_folder(folders, data, tmp_path):
+    for name, extra in (("whole", ""), ("pairs", LORA)):
+        (tmp_path / name).mkdir()
+        assert go(tmp_path / name, experiment(folders / "qwen2_vl", data, extra=extra)) == 0
+    # Adapters add nothing at first.
+    assert first_loss(tmp_path / "whole") == first_loss(tmp_path / "pairs") > 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("Model.width = 32", "has sizes of its own: leave width out"),
+        ('Model.folder = "nowhere"', "nowhere/config.json is missing"),
+        ('Model.folder = ""', "width, layers, heads, kv_heads, mlp_width, vision_width, vision_layers, vision_heads"),
+        ("Lora.rank = 2\nOptimizer.matrix_rate = 0.1", "Optimizer.matrix_rate = 0.1 is for whole matrices"),
+        ('Lora.rank = 2\nLora.targets = ("q_prog",)', "targets names 'q_prog', which no matrix ends in"),
+        ("export/Export.merge_lora = True", "trains the whole weights, no adapters; leave it out"),
+        ('export/Export.stage = "instruc"', "stage 'instruc' trains no weights: expected one of instruct"),
+    ],
+)
+def test_what_does_not_fit_is_told(folders, data, tmp_path, capsys, change, words):
+    text = experiment(folders / "qwen2_vl", data)
+    name = change.partition(" =")[0]
+    kept = [line for line in text.splitlines() if not line.startswith(name)]
+    assert go(tmp_path, "\n".join([*kept, change]) + "\n") == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_without_a_tower_reads_no_pictures(folders, data, tmp_path, capsys):
+    assert go(tmp_path, experiment(folders / "llama", data)) == 1
+    assert "Packing.row_patches = 64, and this llama reads no pictures: set 0" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_tokenizer_of_its_own_is_not_extended(folders, data, tmp_path, capsys):
+    stages = '("extend_tokenizer", "instruct", "export")'
+    more = 'extend_tokenizer/Tokenizer.base = "sample:tokenizer/mistral_v1.model"\n'
+    assert go(tmp_path, experiment(folders / "qwen2_vl", data, stages, more), "--set", "Experiment.seed=1") == 1
+    assert "has a tokenizer of its own, and its rows do not grow yet" in capsys.readouterr().err
