@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import worked
 
 from ain_jax import sharding
 from ain_jax.data import loader, pack_plan
-from ain_jax.models.config import tiny
+from ain_jax.models.config import tiny, to_hf
 from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
 from ain_jax.train import checkpoint, losses, optimizer, state, step
+from ain_jax.weights import load, shards
+from ain_jax.weights.export import write_json, write_weights
 
 CONFIG = tiny(tied=False, layers=1)
 MARKS = {"pack_plan": "abc"}
@@ -65,6 +68,32 @@ def on(mesh: jax.sharding.Mesh, made: loader.Rows, folder: Path) -> dict:
     }
 
 
+def published(mesh: jax.sharding.Mesh, folder: Path) -> dict:
+    """A folder loaded onto the mesh: what it took to read, and whether all is as it was and where it belongs."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(CONFIG, jax.random.key(1)))
+    folder.mkdir()
+    write_json(folder / "config.json", to_hf(CONFIG))
+    write_weights(params, CONFIG, folder, shard_bytes=40_000)
+    read, counted = shards.Stored.read, []
+    shards.Stored.read = lambda self, index=(): counted.append(read(self, index)) or counted[-1]
+    loaded, _ = load.load_folder(folder, mesh=mesh)
+    shards.Stored.read = read
+    cast, _ = load.load_folder(folder, np.float32, mesh)
+    placed = sharding.shardings(axis_names(CONFIG), abstract_params(CONFIG), mesh)
+    equal = lambda a, b: a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return {
+        "equal": jax.tree.all(jax.tree.map(equal, loaded, params)),
+        "cast_equal": jax.tree.all(jax.tree.map(lambda a, b: equal(a, b.astype(jnp.float32)), cast, params)),
+        "placed": jax.tree.all(
+            jax.tree.map(lambda a, where: a.sharding.is_equivalent_to(where, a.ndim), loaded, placed)
+        ),
+        "read": sum(array.nbytes for array in counted) / size,
+        "largest_read": max(array.nbytes for array in counted),
+        "largest": max(tensor.count * tensor.dtype.itemsize for tensor in shards.stored(folder)),
+    }
+
+
 def main(folder: Path) -> None:
     made = rows(folder)
     names = tuple(f.name for f in dataclasses.fields(sharding.Mesh))
@@ -78,6 +107,7 @@ def main(folder: Path) -> None:
     )
     read, again = (checkpoint.load_params(folder / name, like) for name in ("one", "eight"))
     apart = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), read, again)
+    found["published"] = published(eight, folder / "published")
     print(json.dumps(found | {"apart": max(jax.tree.leaves(apart))}))
 
 

@@ -97,3 +97,7 @@ def test_eight_devices_come_to_what_one_comes_to(tmp_path, request):
     assert one["loaded_equal"] and eight["loaded_equal"]
     assert one["frozen_moved"] == eight["frozen_moved"] == 0 < eight["least_moved"]
     assert one["part"] == 1 and eight["part"] == 1 / 4  # of the largest matrix, on each device
+    # A published folder: each byte read once, in slices of what the devices hold, and put where it belongs.
+    published = found["published"]
+    assert published["equal"] and published["cast_equal"] and published["placed"]
+    assert published["read"] == 1 and published["largest_read"] <= published["largest"] / 2

@@ -4,7 +4,7 @@ Weights go tensor by tensor from the file to the devices: each process reads the
 turned as they are copied there, and cast and stacked there. The host holds one published tensor at a time, at most.
 """
 
-import math
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -105,28 +105,15 @@ def _on_devices(tensor: Stored, layout: str, letters: dict[str, int], where: Nam
 def read_slice(tensor: Stored, layout: str, letters: Mapping[str, int], index: tuple[slice, ...]) -> np.ndarray:
     """A slice of ours, a view of the bytes read: turning it is left to the copy to the device, which does it quicker.
 
-    Of joined axes only the slowest can be cut as they are read: of "(N H) D -> D N H" cut over N the rows are read that
-    are wanted, cut over H all are.
+    Joined axes are read as the axes that they join: of "(N H) D -> D N H" any heads and any part of each.
     """
     theirs, ours = groups(layout)
-    kept = {letter: slice(0, size) for letter, size in letters.items()}
-    kept |= {
-        axis[0]: slice(*part.indices(letters[axis[0]]))
-        for axis, part in zip(ours, index, strict=True)
-        if len(axis) == 1
-    }
-    length = lambda letter: kept[letter].stop - kept[letter].start
-    wanted, sizes = [], dict(letters)
-    for first, *rest in theirs:
-        inner = math.prod(letters[letter] for letter in rest)
-        if all(length(letter) == letters[letter] for letter in rest):
-            wanted.append(slice(kept[first].start * inner, kept[first].stop * inner))
-            sizes[first] = length(first)
-        else:
-            wanted.append(slice(None))
-    turned = rearrange(tensor.read(tuple(wanted)), layout, sizes)
-    left = [slice(None) if sizes[axis[0]] == length(axis[0]) else kept[axis[0]] for axis in ours]
-    return turned[tuple(left)]
+    kept = {letter: slice(0, letters[letter]) for axis in theirs for letter in axis}
+    cut = [(axis[0], part) for axis, part in zip(ours, index, strict=True) if len(axis) == 1]
+    kept |= {letter: slice(*part.indices(letters[letter])) for letter, part in cut}
+    apart = dataclasses.replace(tensor, shape=tuple(letters[letter] for letter in kept))
+    sizes = {letter: part.stop - part.start for letter, part in kept.items()}
+    return rearrange(apart.read(tuple(kept.values())), layout, sizes)
 
 
 @partial(jax.jit, static_argnums=1)
