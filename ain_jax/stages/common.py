@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -290,6 +291,15 @@ class StageRun:
             return checkpoint.load_params(self.root / stage / "checkpoints", self.layout(), step)
         merged = lora.merge(run.starting_params(), self.trained_adapters(stage, step), run.get(Lora))
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), merged, self.layout())
+
+    @contextmanager
+    def exported_params(self, stage: str, step: int | None = None) -> Iterator[Any]:
+        """As `trained_params`, to be read one by one where nothing has to be merged."""
+        if self.of(stage).get(Lora).rank:
+            yield self.trained_params(stage, step)
+            return
+        with checkpoint.opened(self.root / stage / "checkpoints", step) as (checkpoints, found):
+            yield checkpoints.leaves(found, self.layout())
 
     def starting_params(self) -> Any:
         """The parameters that this stage begins with."""

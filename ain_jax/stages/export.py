@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from ain_jax.data.examples import tokenizer_fingerprint
 from ain_jax.models.lora import Lora
 from ain_jax.stages import common
@@ -46,7 +44,7 @@ def run(stage: common.StageRun) -> dict[str, Any]:
 def write(stage: common.StageRun, trained: str, step: int | None, place: Path, merge_lora: bool) -> None:
     """Export what the stage `trained` had at a step, or at its newest checkpoint.
 
-    The parameters stay on the devices as they are laid out there; the host holds one shard of the folder at a time.
+    Memory holds one parameter at a time, the layers that are stacked in it together; with adapters merged, all of them.
     """
     settings, experiment = stage.get(Export), stage.resolved.experiment
     training = [name for name in experiment.stages if Lora.__name__ in stage.resolved.stage(name)]
@@ -61,9 +59,6 @@ def write(stage: common.StageRun, trained: str, step: int | None, place: Path, m
         base = "" if stage.of(trained).get(common.Start).stage else str(stage.base or "")
         save_adapters(pairs, adapted, stage.config, place, base=base, tokenizer=fingerprint)
         return
-    params = stage.trained_params(trained, step)
-    if settings.dtype:
-        params = jax.tree.map(lambda x: x.astype(settings.dtype), params)
     when = f"after the stage {trained}" if step is None else f"at step {step} of the stage {trained}"
     card = export.card(
         f"{experiment.name}, {when}",
@@ -73,7 +68,16 @@ def write(stage: common.StageRun, trained: str, step: int | None, place: Path, m
         experiment=experiment.name,
         pictures=stage.config.vision is not None,
     )
-    export.export_folder(params, stage.config, stage.tokenizer_folder, stage.images, place, model_card=card)
+    with stage.exported_params(trained, step) as params:
+        export.export_folder(
+            params,
+            stage.config,
+            stage.tokenizer_folder,
+            stage.images,
+            place,
+            model_card=card,
+            dtype=settings.dtype,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

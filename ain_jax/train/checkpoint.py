@@ -4,14 +4,17 @@ The data position is the step inside the state plus the fingerprint of the pack 
 state. orbax writes into a temporary folder and renames, so an interrupted save is never mistaken for a checkpoint.
 """
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from ain_jax.train.state import TrainState
@@ -73,6 +76,22 @@ class Checkpoints:
         """The parameters at `step`, laid out as `like`; the optimiser state is not read."""
         return self._checkpointer.load(step, jax.tree.map(_abstract, like), checkpointable_name="params")
 
+    def leaves(self, step: int, like: Any) -> Any:
+        """The parameters at `step` as the same tree of `Leaf`: each is read when it is asked for."""
+
+        def leaf(path: tuple[str, ...], shape: Any) -> Leaf:
+            return Leaf(shape.shape, np.dtype(shape.dtype), lambda: self._part(step, path, shape))
+
+        flat = {path: leaf(path, shape) for path, shape in flatten_dict(like).items()}
+        return unflatten_dict(flat)
+
+    def _part(self, step: int, path: tuple[str, ...], like: Any) -> Any:
+        options = ocp.options.PyTreeOptions
+        with ocp.Context(pytree_options=options(loading=options.Loading(partial_load=True))):
+            tree = unflatten_dict({path: _abstract(like)})
+            (leaf,) = jax.tree.leaves(self._checkpointer.load(step, tree, checkpointable_name="params"))
+        return leaf
+
     def wait(self) -> None:
         """Return when every save begun is finished, or raise what went wrong with it."""
         self._checkpointer.wait()
@@ -82,11 +101,21 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def load_params(folder: Path, like: Any, step: int | None = None) -> Any:
-    """The parameters of the checkpoint at a step, or of the newest, laid out as `like`.
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter in a checkpoint. numpy takes it for an array, and reads it then."""
 
-    The optimiser state is not read.
-    """
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], Any]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+@contextmanager
+def opened(folder: Path, step: int | None = None) -> Iterator[tuple[Checkpoints, int]]:
+    """The checkpoints of a folder, and the step asked for, or the newest."""
     checkpoints = Checkpoints(folder) if folder.is_dir() else None
     steps = checkpoints.steps() if checkpoints else []
     if checkpoints is None or not steps:
@@ -94,9 +123,18 @@ def load_params(folder: Path, like: Any, step: int | None = None) -> Any:
     try:
         if step is not None and step not in steps:
             raise ValueError(f"{folder} holds no checkpoint of step {step}; kept are {', '.join(map(str, steps))}")
-        return checkpoints.load_params(steps[-1] if step is None else step, like)
+        yield checkpoints, steps[-1] if step is None else step
     finally:
         checkpoints.close()
+
+
+def load_params(folder: Path, like: Any, step: int | None = None) -> Any:
+    """The parameters of the checkpoint at a step, or of the newest, laid out as `like`.
+
+    The optimiser state is not read.
+    """
+    with opened(folder, step) as (checkpoints, found):
+        return checkpoints.load_params(found, like)
 
 
 def _abstract(leaf: Any) -> Any:

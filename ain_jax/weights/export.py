@@ -1,19 +1,23 @@
 """Parameters -> a folder that transformers 4.51 and 5 open with no code of ours."""
 
+import itertools
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from flax.traverse_util import flatten_dict
 
 from ain_jax.data import tiles
 from ain_jax.data.images import ImageSettings, preprocessor_config
 from ain_jax.data.tiles import TileSettings
 from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig, to_hf
-from ain_jax.weights.table import published, rearrange, sizes
+from ain_jax.weights.shards import DTYPES, INDEX, write
+from ain_jax.weights.table import Place, our_shape, published, rearrange, sizes, their_shape
 
 SHARD_BYTES = 5_000_000_000
 # Whatever of these a tokenizer folder holds goes along unchanged.
@@ -40,19 +44,20 @@ def export_folder(
     *,
     model_card: str = "",
     shard_bytes: int = SHARD_BYTES,
+    dtype: str = "",
 ) -> Path:
     """The folder, complete: written beside its place first and then renamed, so that a failure leaves nothing behind.
 
-    Weights keep their dtype and get the published names; a tied head is not written twice.
+    Weights are cast to `dtype` or keep their own, and get the published names; a tied head is not written twice.
     """
     out_dir, tokenizer_dir = Path(out_dir), Path(tokenizer_dir)
-    _check(config, image_settings, tokenizer_dir)
+    _check(config, image_settings, tokenizer_dir, out_dir)
     beside = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        dtype = write_weights(params, config, beside, shard_bytes)
-        write_json(beside / "config.json", to_hf(config, dtype))
+        kept = write_weights(params, config, beside, shard_bytes, dtype)
+        write_json(beside / "config.json", to_hf(config, kept))
         write_json(beside / "generation_config.json", generation_config(config))
         if isinstance(config.vision, ClipConfig) and isinstance(image_settings, TileSettings):
             write_json(beside / "preprocessor_config.json", tiles.preprocessor_config(image_settings))
@@ -71,55 +76,79 @@ def export_folder(
     return out_dir
 
 
-def write_weights(params: dict[str, Any], config: ModelConfig, folder: Path, shard_bytes: int = SHARD_BYTES) -> str:
-    """Writes the safetensors shards, and their index if there are several; the dtype of the weights."""
-    shards: list[list[str]] = [[]]
-    filled = total = 0
-    dtypes = set()
-    for name, array in tensors(params, config, check_only=True):
-        if filled and filled + array.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += array.nbytes
-        total += array.nbytes
-        dtypes.add(array.dtype.name)
+def write_weights(
+    params: dict[str, Any], config: ModelConfig, folder: Path, shard_bytes: int = SHARD_BYTES, dtype: str = ""
+) -> str:
+    """Writes the safetensors shards, and their index if there are several; the dtype of the weights.
+
+    They are cast to `dtype`, or kept as they are. Parameters are taken one by one, so that those which are read when
+    they are asked for (`checkpoint.Leaf`) are never in memory together.
+    """
+    places = list(placed(params, config))
+    dtypes = {dtype} if dtype else {np.dtype(leaf.dtype).name for _, leaf in places}
     if len(dtypes) != 1:
         raise ValueError(f"weights of several dtypes, {', '.join(sorted(dtypes))}; cast the parameters to one")
+    kept = jnp.dtype(dtypes.pop())
+    if kept not in DTYPES.values():
+        known = ", ".join(sorted(known.name for known in DTYPES.values()))
+        raise ValueError(f"weights of dtype {kept.name}, expected one of {known}")
+    letters, shards, filled, total = sizes(config), [{}], 0, 0
+    for place, _ in places:
+        shape = their_shape(place.layout, letters)
+        size = math.prod(shape) * kept.itemsize
+        if filled and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][place.name] = (kept, shape)
+        filled, total = filled + size, total + size
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    made = tensors(params, config)
+    arrays = _arrays(places, letters, kept)
     for file, shard in zip(names, shards, strict=True):
-        held = dict(next(made) for _ in shard)
-        save_file(held, folder / file, metadata={"format": "pt"})
+        write(folder / file, shard, itertools.islice(arrays, len(shard)))
     if len(shards) > 1:
-        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-    return dtypes.pop()
+        files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    return kept.name
 
 
-def tensors(params: dict[str, Any], config: ModelConfig, check_only: bool = False) -> Iterator[tuple[str, Any]]:
-    """(published name, array) of every tensor, in the order of the table; parameters with no row are refused."""
+def placed(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[Place, Any]]:
+    """Each published tensor's place and the parameter there, in the order of the table.
+
+    Parameters of another model are refused.
+    """
     letters = sizes(config)
-    left = dict(_leaves(params))
-    wanted = {place.path for place in published(config)}
-    if left.keys() != wanted:
-        faults = [f"{path} has no published name" for path in sorted(left.keys() - wanted)]
-        faults += [f"{path} is missing" for path in sorted(wanted - left.keys())]
+    left: dict[str, Any] = dict(flatten_dict(params, sep="/"))
+    wanted = {place.path: _whole_shape(place, letters) for place in published(config)}
+    faults = [f"{path} has no published name" for path in sorted(left.keys() - wanted.keys())]
+    faults += [f"{path} is missing, expected {wanted[path]}" for path in sorted(wanted.keys() - left.keys())]
+    faults += [
+        f"{path} has shape {left[path].shape}, expected {shape}"
+        for path, shape in wanted.items()
+        if path in left and left[path].shape != shape
+    ]
+    if faults:
         raise ValueError("the parameters are not those of this config: " + "; ".join(faults))
-    held, array = "", None
     for place in published(config):
-        if check_only:
-            whole = left[place.path]
-            shape = whole.shape if place.layer is None else whole.shape[1:]
-            yield place.name, np.broadcast_to(np.zeros((), whole.dtype), shape)
-            continue
+        yield place, left[place.path]
+
+
+def _arrays(places: Iterable[tuple[Place, Any]], letters: dict[str, int], dtype: Any) -> Iterator[np.ndarray]:
+    """The published tensors; a stack of layers is fetched once."""
+    held, array = "", np.zeros(0)
+    for place, leaf in places:
         if place.path != held:
-            held, array = place.path, np.asarray(left[place.path])
-        assert array is not None
+            array = np.zeros(0)  # gone before the next one comes
+            held, array = place.path, np.asarray(leaf)
         ours = array if place.layer is None else array[place.layer]
-        yield place.name, np.ascontiguousarray(rearrange(ours, place.layout, letters, reverse=True))
+        yield np.ascontiguousarray(rearrange(ours, place.layout, letters, reverse=True)).astype(dtype, copy=False)
+
+
+def _whole_shape(place: Place, letters: dict[str, int]) -> tuple[int, ...]:
+    """Shape of the array of ours that the tensor is part of, its stacked layers included."""
+    shape = our_shape(place.layout, letters)
+    return shape if place.layers is None else (place.layers, *shape)
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:
@@ -181,12 +210,21 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def replace_folder(complete: Path, place: Path) -> None:
-    """Puts a complete folder in its place; an older one goes only when the new one is there."""
+    """Puts a complete folder in its place; an older one goes only when the new one is there.
+
+    Where that fails, the older one is back in its place and the new one is gone.
+    """
     old = place.with_name(place.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    complete.rename(place)
+    try:
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            place.rename(old)
+        complete.rename(place)
+    except BaseException:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        shutil.rmtree(complete, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -196,8 +234,10 @@ SHARED = {  # what a tower and its image settings must agree on
 }
 
 
-def _check(config: ModelConfig, settings: ImageSettings | TileSettings | None, tokenizer_dir: Path) -> None:
-    faults = []
+def _check(
+    config: ModelConfig, settings: ImageSettings | TileSettings | None, tokenizer_dir: Path, out_dir: Path
+) -> None:
+    faults = [f"{out_dir} is a file, expected a folder or nothing"] if out_dir.is_file() else []
     if config.vision is not None:
         kind, names = SHARED[type(config.vision)]
         if not isinstance(settings, kind):
@@ -212,12 +252,3 @@ def _check(config: ModelConfig, settings: ImageSettings | TileSettings | None, t
             faults.append(f"{tokenizer_dir / name} is missing; give a tokenizer folder as transformers saves it")
     if faults:
         raise ValueError("export: " + "; ".join(faults))
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _leaves(value, path + "/")
-        else:
-            yield path, value

@@ -61,7 +61,7 @@ def load_params(
     folder, letters = Path(folder), sizes(config)
     places = {canonical(place.name): place for place in published(config)}
     tensors = stored(folder)
-    faults = _faults(tensors, places, letters, config.text.tied)
+    faults = _faults(tensors, places, letters, config.text.tied, cast=dtype is not None)
     if faults:
         raise ValueError(f"{folder}: {len(faults)} faults:\n  " + "\n  ".join(faults))
     _check_tied_copy(tensors, config.text.tied)
@@ -137,8 +137,10 @@ def _put(stack, piece, layer):
     return update(stack, piece.astype(stack.dtype))
 
 
-def _faults(tensors: Sequence[Stored], places: Mapping[str, Place], letters: dict[str, int], tied: bool) -> list[str]:
-    faults, filled = [], defaultdict(list)
+def _faults(
+    tensors: Sequence[Stored], places: Mapping[str, Place], letters: dict[str, int], tied: bool, cast: bool
+) -> list[str]:
+    faults, filled, kinds = [], defaultdict(list), {}
     for tensor in tensors:
         place, here = canonical(tensor.name), f"{tensor.path.name}: {tensor.name}"
         if tensor.kind not in DTYPES:
@@ -148,11 +150,15 @@ def _faults(tensors: Sequence[Stored], places: Mapping[str, Place], letters: dic
                 faults.append(f"{here} {tensor.shape} has no place in this model")
             continue
         filled[place].append(here)
+        first = kinds.setdefault(places[place].path, tensor.kind)
+        if tensor.kind != first and not cast:
+            faults.append(f"{here} has dtype {tensor.kind}, expected {first} as other layers: load it with a dtype")
         expected = their_shape(places[place].layout, letters)
         if tensor.shape != expected:
             faults.append(f"{here} has shape {tensor.shape}, expected {expected}")
     faults += [f"{place} is given twice: {', '.join(names)}" for place, names in filled.items() if len(names) > 1]
-    faults += [f"{place} is missing" for place in places if place not in filled]
+    missing = {name: place for name, place in places.items() if name not in filled}
+    faults += [f"{name} is missing, expected {their_shape(p.layout, letters)}" for name, p in missing.items()]
     return faults
 
 

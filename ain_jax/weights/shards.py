@@ -1,4 +1,4 @@
-"""safetensors files, read slice by slice.
+"""safetensors files, read slice by slice and written tensor by tensor.
 
 The library maps a file into memory, where pages once read count as the process' own and are faulted in one by one; a
 plain read of the bytes wanted is two to three times quicker and holds nothing but what it returns. So the library looks
@@ -8,7 +8,7 @@ through each file's header and we read the bytes.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def header(path: Path) -> list[Stored]:
         with safe_open(path, framework="numpy"):  # looks through lengths and offsets
             pass
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}; download it again") from error
+        raise ValueError(f"{path} is truncated or damaged: {error}{_lengths(path)}; download it again") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -119,6 +119,43 @@ def header(path: Path) -> list[Stored]:
         for name, entry in entries.items()
         if name != "__metadata__"
     ]
+
+
+def _lengths(path: Path) -> str:
+    """What a damaged file has and what it says that it should have, as far as that can be read."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size < 8:
+        return f"; it has {size} bytes, expected at least 8"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 + length:
+            return f"; it has {size} bytes, expected {8 + length} for its header alone"
+        try:
+            ends = [
+                entry["data_offsets"][1] for name, entry in json.loads(file.read(length)).items() if name[:2] != "__"
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+            return ""
+    return f"; it has {size} bytes, expected {8 + length + max(ends, default=0)}"
+
+
+def write(path: Path, entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
+    """A safetensors file of the tensors that `entries` announces, their arrays taken one by one in that order.
+
+    The library's own writer asks for all arrays of a file at once.
+    """
+    kinds, header, at = {dtype: kind for kind, dtype in DTYPES.items()}, {}, 0
+    for name, (dtype, shape) in entries.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begin where numbers of any size may
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, told), array in zip(entries.items(), arrays, strict=True):
+            assert (array.dtype, array.shape) == told, f"{name} is {array.dtype} {array.shape}, announced was {told}"
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

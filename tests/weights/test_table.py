@@ -4,7 +4,7 @@ import pytest
 
 from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig, tiny
 from ain_jax.models.multimodal import abstract_params
-from ain_jax.weights.export import tensors
+from ain_jax.weights.export import placed
 from ain_jax.weights.table import canonical, our_shape, published, rearrange, rows, sizes, their_shape
 
 LETTERS = {"N": 2, "H": 3, "D": 5}
@@ -62,4 +62,4 @@ def test_parameters_without_a_row_are_not_exported():
     params["lm_head"] = {"weight": np.zeros((192, 32), np.float32)}
     del params["model"]["norm"]
     with pytest.raises(ValueError, match="lm_head/weight has no published name; model/norm/weight is missing"):
-        list(tensors(params, tiny(tied=True)))
+        list(placed(params, tiny(tied=True)))
