@@ -1,6 +1,5 @@
 """Tiny random models of transformers, and conversations with and without pictures."""
 
-import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from families import QWENS, felt
 
-from ain_jax.models.config import ModelConfig, VisionConfig, tiny, to_hf
+from ain_jax.models.config import ModelConfig, to_hf
 from ain_jax.weights.export import write_json
 
 
@@ -29,37 +29,19 @@ class Reference:
     folder: Path
 
 
-def tiny_2_5(**settings) -> ModelConfig:
-    """A Qwen2.5-VL: windows of 4 x 4 patches of 4 pixels in two layers of four."""
-    tower = {"width": 24, "layers": 4, "heads": 2, "mlp_width": 60, "patch_size": 4}
-    tower |= {"gated": True, "window": 16, "full_layers": (1, 3), "tokens_per_second": 2}
-    return dataclasses.replace(tiny(tied=False), family="qwen2_5_vl", vision=VisionConfig(**(tower | settings)))
-
-
-# Each case has a setting the others lack.
-CASES = {
-    "tied": tiny(tied=True),
-    "untied": tiny(tied=False, norm_eps=1e-5),
-    "one key head": tiny(tied=True, kv_heads=1, rope_theta=1e6),
-    "no groups": tiny(tied=False, kv_heads=4, mrope_section=(1, 2, 1)),
-    "qwen 2.5": tiny_2_5(),
-    "qwen 2.5, full layers last": tiny_2_5(full_layers=(2, 3), window=24),
-}
-
-
-@pytest.fixture(scope="session", params=CASES)
+@pytest.fixture(scope="session", params=QWENS)
 def reference(request, tmp_path_factory) -> Reference:
-    return make_reference(CASES[request.param], tmp_path_factory.mktemp("reference"))
+    return make_reference(QWENS[request.param], tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory) -> Reference:
-    return make_reference(CASES["untied"], tmp_path_factory.mktemp("untied"))
+    return make_reference(QWENS["untied"], tmp_path_factory.mktemp("untied"))
 
 
 @pytest.fixture(scope="session")
 def windowed(build_once) -> Reference:
-    return build_once(CASES["qwen 2.5"])
+    return build_once(QWENS["qwen 2.5"])
 
 
 def make_reference(config: ModelConfig, folder: Path) -> Reference:
@@ -74,17 +56,8 @@ def make_reference(config: ModelConfig, folder: Path) -> Reference:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
-            values = torch.randn(weight.shape, generator=generator)
-            if name.endswith("bias"):
-                weight.copy_(0.3 * values)
-            elif name.endswith(("class_embedding", "image_newline")):
-                weight.copy_(values)
-            elif weight.ndim == 1:
-                weight.copy_((not config.text.norm_plus_one) + 0.2 * values)
-            elif "embed_tokens" in name or "lm_head" in name or "position_embedding" in name:
-                weight.copy_(0.3 * values)
-            else:
-                weight.copy_(values / weight[0].numel() ** 0.5)
+            normal = torch.randn(weight.shape, generator=generator)
+            weight.copy_(felt(name, normal, config.text.norm_plus_one))
     model.save_pretrained(folder)
     return Reference(model, config, folder)
 

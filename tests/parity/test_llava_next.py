@@ -7,51 +7,23 @@ from functools import lru_cache
 import jax
 import numpy as np
 import pytest
+from families import IMAGE, LLAVAS, picture_settings
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from ain_jax.data.tiles import TileSettings
 from ain_jax.generate import Prompt, generate, prompt_with_images, rows_of
-from ain_jax.models.config import ClipConfig, ModelConfig, TextConfig
+from ain_jax.models.config import ModelConfig
 from ain_jax.models.multimodal import MultimodalModel
 from ain_jax.weights.export import write_json, write_weights
 from ain_jax.weights.load import load_folder
 
 torch = pytest.importorskip("torch")
 LOGITS, MODULE = 1e-4, 1e-5
-IMAGE = 90
 
 
-def of(text_family: str, tied: bool = False, **clip) -> ModelConfig:
-    """Tiles of 16 pixels, 4 x 4 patches; grids of one to four tiles."""
-    text = TextConfig(
-        *(96, 32, 80, 2, 4, 2, 8),
-        rope_theta=1000.0,
-        qkv_bias=text_family == "qwen2",
-        tied=tied,
-        max_positions=256,
-        windows=(12,) if text_family == "mistral" else (0,),
-    )
-    pinpoints = ((16, 32), (32, 16), (32, 32), (48, 16), (16, 48))
-    tower = {"width": 24, "layers": 3, "heads": 2, "mlp_width": 48, "tile": 16, "patch_size": 4, "pinpoints": pinpoints}
-    return ModelConfig(text, ClipConfig(**(tower | clip)), "llava_next", text_family, image_token_id=IMAGE)
-
-
-CASES = {
-    "qwen2": of("qwen2"),
-    "llama": of("llama", feature_layer=-1),
-    "mistral": of("mistral", activation="gelu", norm_eps=1e-4),
-    "tied": of("qwen2", tied=True, feature_layer=-3),
-}
-
-
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=LLAVAS)
 def case(request, build_once):
-    return build_once(CASES[request.param])
-
-
-def settings(config: ModelConfig) -> TileSettings:
-    return TileSettings(tile=config.vision.tile, patch_size=config.vision.patch_size, pinpoints=config.vision.pinpoints)
+    return build_once(LLAVAS[request.param])
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -68,7 +40,7 @@ TALKS = {
 
 def prompt(config: ModelConfig, talk: list) -> Prompt:
     pictures = [picture(*part) for part in talk if isinstance(part, tuple)]
-    cut = prompt_with_images([], pictures, settings(config))
+    cut = prompt_with_images([], pictures, picture_settings(config))
     counts = iter(len(index_M) for index_M in cut.features)
     ids = [[part] if isinstance(part, int) else [IMAGE] * next(counts) for part in talk]
     return dataclasses.replace(cut, tokens_L=np.concatenate(ids).astype(np.int32))
@@ -84,7 +56,9 @@ def theirs(reference, talk: list) -> tuple[np.ndarray, dict]:
     if pictures:
         from ain_jax.data.tiles import preprocessor_config
 
-        write_json(reference.folder / "preprocessor_config.json", preprocessor_config(settings(reference.config)))
+        write_json(
+            reference.folder / "preprocessor_config.json", preprocessor_config(picture_settings(reference.config))
+        )
         processor = AutoImageProcessor.from_pretrained(reference.folder, backend="pil")
         inputs |= dict(processor(pictures, return_tensors="pt"))
     with torch.no_grad():
@@ -164,7 +138,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_each_feature_is_felt(build_once, switch):
-    params, config = load_folder(build_once(CASES["qwen2"]).folder)
+    params, config = load_folder(build_once(LLAVAS["qwen2"]).folder)
     one = prompt(config, TALKS["two uneven pictures"])
     arrays, length = row(config, one), len(one.tokens_L)
     changed = ours(config, *SWITCHES[switch](params, arrays), length)
@@ -173,7 +147,7 @@ def test_each_feature_is_felt(build_once, switch):
 
 @pytest.mark.parametrize("change", [{"feature_layer": -1}, {"activation": "gelu_tanh"}], ids=str)
 def test_each_setting_of_the_tower_is_felt(build_once, change):
-    params, config = load_folder(build_once(CASES["qwen2"]).folder)
+    params, config = load_folder(build_once(LLAVAS["qwen2"]).folder)
     one = prompt(config, TALKS["one wide picture"])
     arrays, length = row(config, one), len(one.tokens_L)
     other = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **change))
@@ -206,7 +180,7 @@ def original(name: str) -> str:
 
 @pytest.mark.parametrize("spelling", [newest, original])
 def test_other_spellings_load_alike(build_once, tmp_path, spelling):
-    reference = build_once(CASES["qwen2"])
+    reference = build_once(LLAVAS["qwen2"])
     params, config = load_folder(reference.folder)
     write_weights(params, config, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

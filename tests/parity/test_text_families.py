@@ -9,9 +9,10 @@ from functools import lru_cache
 import jax
 import numpy as np
 import pytest
+from families import TEXTS
 
 from ain_jax.generate import Prompt, generate
-from ain_jax.models.config import ModelConfig, RopeScaling, TextConfig
+from ain_jax.models.config import ModelConfig, TextConfig
 from ain_jax.models.multimodal import MultimodalModel
 from ain_jax.weights.export import write_json, write_weights
 from ain_jax.weights.load import load_folder
@@ -21,51 +22,9 @@ LOGITS = 1e-4
 LENGTH = 40  # of the texts: more than any window, and than the positions of pretraining where these are scaled
 
 
-def of(family: str, **settings) -> ModelConfig:
-    sizes = {"vocabulary": 96, "width": 32, "mlp_width": 80, "layers": 3, "heads": 4, "kv_heads": 2, "head_width": 8}
-    sizes |= {"qkv_bias": family == "qwen2", "rope_theta": 1000.0, "max_positions": 64}
-    if family.startswith("gemma"):
-        sizes |= {"norm_plus_one": True, "scale_embedding": True, "activation": "gelu_tanh", "tied": True}
-    if family in ("gemma2", "gemma3_text"):
-        sizes |= {"sandwich_norms": True}
-    if family == "gemma3_text":
-        sizes |= {"qk_norm": True}
-    return ModelConfig(TextConfig(**(sizes | settings)), family=family, eos_token_id=1)
-
-
-LLAMA3 = RopeScaling("llama3", factor=4.0, original_positions=16, low=1.0, high=4.0)
-YARN = RopeScaling("yarn", factor=4.0, original_positions=16, low=1.0, high=32.0)
-CASES = {
-    "llama": of("llama"),
-    "llama, heads wider than the width": of("llama", head_width=16, kv_heads=4, tied=True),
-    "llama, biases": of("llama", qkv_bias=True, o_bias=True, mlp_bias=True),
-    "llama, linear": of("llama", rope_scaling=RopeScaling("linear", factor=4.0)),
-    "llama, dynamic": of(
-        "llama", max_positions=16, rope_scaling=RopeScaling("dynamic", factor=4.0, original_positions=16)
-    ),
-    "llama 3.1": of("llama", rope_scaling=LLAMA3),
-    "llama, yarn": of("llama", rope_scaling=YARN),
-    "llama, yarn of mscales": of(
-        "llama", rope_scaling=dataclasses.replace(YARN, mscale=1.2, mscale_all_dim=0.6, truncate=False)
-    ),
-    "mistral": of("mistral"),
-    "mistral, windows": of("mistral", windows=(8,)),
-    "qwen2": of("qwen2", kv_heads=1, norm_eps=1e-5),
-    "qwen2, yarn": of("qwen2", rope_scaling=dataclasses.replace(YARN, attention_factor=1.5)),
-    "qwen2, windows after a layer": of("qwen2", windows=(0, 8, 8)),
-    "gemma": of("gemma", head_width=16, kv_heads=1),
-    "gemma 2": of("gemma2", windows=(8, 0), query_scale=24, attention_softcap=5.0, logit_softcap=8.0, layers=4),
-    "gemma 3": of("gemma3_text", windows=(8, 8, 0), window_theta=50.0, query_scale=24, layers=6),
-    "gemma 3, a turn cut short": of("gemma3_text", windows=(8, 8, 0), window_theta=50.0, layers=8),
-    "gemma 3, scaled": of(
-        "gemma3_text", windows=(8, 8, 0), window_theta=50.0, rope_scaling=RopeScaling("linear", factor=8.0)
-    ),
-}
-
-
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=TEXTS)
 def case(request, build_once):
-    return build_once(CASES[request.param])
+    return build_once(TEXTS[request.param])
 
 
 def tokens() -> np.ndarray:
@@ -186,7 +145,7 @@ def restacked(params, before: TextConfig, after: TextConfig):
 def test_a_config_from_elsewhere_is_refused_by_name(build_once, tmp_path, change):
     import json
 
-    reference = build_once(CASES["llama"])
+    reference = build_once(TEXTS["llama"])
     attributes = json.loads((reference.folder / "config.json").read_text()) | change
     attributes.pop("rope_parameters", None)
     write_json(tmp_path / "config.json", attributes)
