@@ -388,10 +388,13 @@ def from_hf(attributes: dict[str, Any]) -> ModelConfig:
     """The config that a `config.json` describes; what we neither handle nor find at its default is refused by name."""
     found = hf_config.read(attributes)
     text, vision = found.pop("text"), found.pop("vision")
-    if text["rope_scaling"] is not None:
-        text["rope_scaling"] = RopeScaling(**text["rope_scaling"])
     tower = ClipConfig if found["family"] == "llava_next" else VisionConfig
-    return ModelConfig(TextConfig(**text), tower(**vision) if vision else None, **found)
+    try:
+        if text["rope_scaling"] is not None:
+            text["rope_scaling"] = RopeScaling(**text["rope_scaling"])
+        return ModelConfig(TextConfig(**text), tower(**vision) if vision else None, **found)
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from error
 
 
 def to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -5,11 +5,10 @@ that neither a list nor SILENT holds is refused by name, since an ignored one is
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from ain_jax.experiment import nearest
 
 # published attribute -> our field
 TEXT = {
@@ -53,8 +52,8 @@ SILENT = {
     *("architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "model_type"),
     *("_name_or_path", "_attn_implementation_autoset", "output_hidden_states", "output_attentions", "return_dict"),
     *("rope_theta", "rope_scaling", "rope_parameters", "pretraining_tp", "auto_map", "cache_implementation"),
-    *("vision_config", "text_config", "vision_token_id", "chunk_size_feed_forward", "problem_type", "id2label"),
-    *("label2id", "is_encoder_decoder", "is_llama_config", "transformers.js_config"),
+    *("vision_token_id", "chunk_size_feed_forward", "problem_type", "id2label", "label2id", "is_encoder_decoder"),
+    *("is_llama_config", "transformers.js_config"),
 }
 SILENT_VISION = {
     *("model_type", "mlp_ratio", "in_chans", "initializer_range", "spatial_patch_size", "torch_dtype", "dtype"),
@@ -65,6 +64,38 @@ SILENT_VISION = {
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 NO_ROPE = ("default", "mrope")  # kinds that stretch nothing
+# What the value of an attribute must be, wherever in the file it stands: in words, and the test of it.
+COUNT = ("a whole number above 0", lambda value: type(value) is int and value > 0)
+WHOLE = ("a whole number", lambda value: type(value) is int)
+NUMBER = ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
+FLAG = ("true or false", lambda value: type(value) is bool)
+STRING = ("a string", lambda value: isinstance(value, str))
+STRINGS = ("a list of strings", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
+WHOLES = ("a list of whole numbers", lambda value: isinstance(value, list) and all(type(v) is int for v in value))
+IDS_OR_ID = ("an id or a list of ids", lambda value: type(value) is int or WHOLES[1](value))
+PAIRS = ("a list of pairs", lambda value: isinstance(value, list) and all(WHOLES[1](v) and len(v) == 2 for v in value))
+OBJECT = ("an object", lambda value: isinstance(value, Mapping))
+KINDS = {
+    **dict.fromkeys([*list(TEXT)[:7], "max_position_embeddings", "sliding_window_pattern"], COUNT),
+    **dict.fromkeys([*QWEN2_VISION, "image_size", "num_channels", "in_chans", "window_size"], COUNT),
+    **dict.fromkeys(["out_hidden_size", "original_max_position_embeddings", "_sliding_window_pattern"], COUNT),
+    **dict.fromkeys(["sliding_window", "max_window_layers", "bos_token_id", "pad_token_id", *VISION_IDS], WHOLE),
+    **dict.fromkeys(["image_token_index"], WHOLE),
+    **dict.fromkeys(["rms_norm_eps", "layer_norm_eps", "mlp_ratio", "rope_theta", "rope_local_base_freq"], NUMBER),
+    **dict.fromkeys(["query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"], NUMBER),
+    **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast"], NUMBER),
+    **dict.fromkeys(["attention_factor", "tokens_per_second"], NUMBER),
+    **dict.fromkeys(["tie_word_embeddings", "mlp_bias", "attention_bias", "use_sliding_window", "truncate"], FLAG),
+    **dict.fromkeys(["hidden_act", "hidden_activation", "rope_type", "type"], STRING),
+    **dict.fromkeys(["mrope_section", "fullatt_block_indexes"], WHOLES),
+    **dict.fromkeys(["text_config", "vision_config", "rope_scaling", "rope_parameters"], OBJECT),
+    **dict.fromkeys(["full_attention", "sliding_attention"], OBJECT),
+    "eos_token_id": IDS_OR_ID,
+    "layer_types": STRINGS,
+    "image_grid_pinpoints": PAIRS,
+}
+# Where null says something else than that the attribute is absent.
+NEVER_NULL = {*list(TEXT)[:5], "max_position_embeddings", "rms_norm_eps", *QWEN2_VISION, "image_size", "num_channels"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +121,7 @@ def _sizes(vocabulary, width, mlp_width, layers, heads, kv_heads, positions, eps
 
 
 NO_DROPOUT = {"attention_dropout": (0.0, None)}
+NOT_QUANTISED = {"quantization_config": (None,)}
 CAUSAL = {"use_bidirectional_attention": (None, False)}
 GEMMA = {"norm_plus_one": True, "scale_embedding": True, "qkv_bias": False}
 QWEN2_IDS: dict[str, Any] = {
@@ -205,23 +237,30 @@ LLAVA_ONLY = {
     "vision_feature_select_strategy": ("default",),
     "multimodal_projector_bias": (True,),
     "use_image_newline_parameter": (True,),
+    **NOT_QUANTISED,
 }
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 SILENT_LLAVA = {"image_seq_length", "ignore_index", "image_token_index", "image_token_id", "image_grid_pinpoints"}
 SILENT_LLAVA |= {"vision_feature_layer", "tie_word_embeddings", "vocab_size", "hidden_size", "projection_dim"}
+SILENT_LLAVA |= {"text_config", "vision_config"}
 SILENT_CLIP = {"projection_dim", "initializer_factor", "vocab_size"}
 
 
 def read(attributes: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `ModelConfig`, its text and vision as dicts, from the flat layout or that of transformers 5."""
+    if not isinstance(attributes, Mapping):
+        raise ValueError(f"config.json holds {attributes!r}, expected an object")
     name = attributes.get("model_type")
+    known = [*FAMILIES, LLAVA_NEXT]
+    if name not in known:
+        raise ValueError(
+            f"config.json has model_type={name!r}, expected one of {', '.join(known)}; a newer family needs a newer "
+            "ain_jax"
+        )
+    if wrong := _wrong(attributes):  # by such values nothing can be read
+        raise ValueError("config.json: " + "; ".join(wrong))
     if name == LLAVA_NEXT:
         return _read_llava(attributes)
-    if name not in FAMILIES:
-        raise ValueError(
-            f"config.json has model_type={name!r}: {nearest(str(name), [*FAMILIES, LLAVA_NEXT])}; a newer family needs "
-            "a newer ain_jax"
-        )
     family = FAMILIES[name]
     inner = attributes.get("text_config") or {}
     flat = attributes | inner
@@ -267,6 +306,20 @@ def _read_llava(attributes: dict[str, Any]) -> dict[str, Any]:
     return {"family": LLAVA_NEXT, "text_family": name, "text": text, "vision": vision, **ids}
 
 
+def _wrong(given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The attributes whose value is of no kind that they may have, those of inner objects too."""
+    faults = []
+    for name, value in given.items():
+        words, fits = KINDS.get(name, ("", None))
+        if fits is None or (value is None and name not in NEVER_NULL):
+            continue
+        if not fits(value):
+            faults.append(f"{prefix}{name}={value!r}; expected {words}")
+        elif isinstance(value, Mapping):
+            faults += _wrong(value, f"{prefix}{name}.")
+    return faults
+
+
 def _stop(name: str, faults: list[str]) -> None:
     if faults:
         raise ValueError(f"config.json describes a {name} that ain_jax does not build: " + "; ".join(faults))
@@ -275,8 +328,8 @@ def _stop(name: str, faults: list[str]) -> None:
 def _text(family: Family, flat: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     """Arguments of `TextConfig`."""
     known = {*family.text, *IDS, *_window_names(family), *_rope_names(family)}
-    known |= set(VISION_IDS) if family.vision else set()
-    faults += _faults(flat, family.only, known | SILENT, "")
+    known |= {*VISION_IDS, "text_config", "vision_config"} if family.vision else set()
+    faults += _faults(flat, {**family.only, **NOT_QUANTISED}, known | SILENT, "")
     given = dict(family.text) | {k: v for k, v in flat.items() if k in family.text}
     text = {TEXT[k]: v for k, v in given.items() if k in TEXT} | dict(family.fixed)
     if text["activation"] in ACTIVATIONS:

@@ -5,9 +5,11 @@ python tests/parity/write_reference.py FOLDER REFERENCE.npz
 
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -46,14 +48,23 @@ def write_reference(folder: Path, reference: Path) -> None:
     )
 
 
-def forward(params, config, prompt: Prompt) -> np.ndarray:
+def forward(params, config, prompt: Prompt, dtype=jnp.float32) -> np.ndarray:
     """logits_LV of one prompt, alone in its row."""
-    arrays = rows_of([prompt], config, 1, len(prompt.tokens_L), sum(int(np.prod(grid)) for grid in prompt.grids))
+    patches = 0 if prompt.patches_PK is None else len(prompt.patches_PK)
+    arrays = rows_of([prompt], config, 1, len(prompt.tokens_L), patches)
     for name in ("length_B", "next_position_B"):
         arrays.pop(name)
-    model = MultimodalModel(config)
-    hidden = jax.jit(lambda p, a: model.apply({"params": p}, **a))(params, arrays)
-    return np.asarray(model.apply({"params": params}, hidden, method="logits"))[0]
+    return np.asarray(_compiled(config, dtype)(params, arrays))[0]
+
+
+@lru_cache
+def _compiled(config, dtype):
+    model = MultimodalModel(config, dtype)
+
+    def logits(params, arrays):
+        return model.apply({"params": params}, model.apply({"params": params}, **arrays), method="logits")
+
+    return jax.jit(logits)
 
 
 def _picture(width: int, height: int) -> np.ndarray:
