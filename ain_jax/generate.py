@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ain_jax.data.images import ImageSettings, image_settings, open_image, preprocess
+from ain_jax.data.images import ImageSettings, open_image, preprocess
 from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions, visual_tokens
-from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles, tile_settings
+from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig
 from ain_jax.models.multimodal import MultimodalModel
@@ -89,6 +89,7 @@ def generate(
     # Of one size, so as not to compile again.
     stop_Z = jnp.asarray([*stop_ids] + [-1] * (MOST_STOPS - len(stop_ids)), jnp.int32)
     begin, advance = _compiled(config, max_new_tokens, temperature > 0, jnp.dtype(dtype).name)
+    params = jax.device_put(params)  # once: numpy arrays would be sent anew by each call of the two
     waiting: list[tuple[list[int], Any]] = []
     for shape in sorted(set(shapes)):
         members = [i for i in range(len(prompts)) if shapes[i] == shape]
@@ -146,7 +147,8 @@ def _compiled(config: ModelConfig, max_new_tokens: int, sampled: bool, dtype: st
 def _begin(model, T: int, sampled: bool, params, arrays, drawing):
     """(texts, state) behind the prompts: what stays as it is while T tokens are said, and what changes.
 
-    Slots 0 .. L-1 of the cache hold the prompt (shorter prompts leave some unused), slot L + t the t-th new token.
+    Slots 0 .. L-1 of the cache hold the prompt (shorter prompts leave some unused), slot L + t the t-th new token. At
+    step t, token t is said and not read yet, so that nothing is computed behind the last one.
     """
     apply = partial(model.apply, {"params": params})
     kept = ("segments_BL", "positions_3BL", "length_B", "next_position_B")
@@ -155,18 +157,21 @@ def _begin(model, T: int, sampled: bool, params, arrays, drawing):
     B = len(segments_BL)
 
     def read(q_BLNH, k_BLKH, v_BLKH, _, **rules):
-        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, causal=True, **rules), (k_BLKH, v_BLKH)
+        # Heads before positions, as `attention` multiplies them: else each step would turn the whole cache over.
+        kept_BKLH = (jnp.swapaxes(k_BLKH, 1, 2), jnp.swapaxes(v_BLKH, 1, 2))
+        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, causal=True, **rules), kept_BKLH
 
     hidden_BLD, cache = apply(apply(**inputs, method="embed"), positions_3BL, read, method="decode")
     hidden_BD = jnp.take_along_axis(hidden_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
     token_B = _choose(apply(hidden_BD, method="logits"), jnp.int32(0), sampled, drawing)
+    done_B = _stops(token_B, drawing)
     state = {
         "step": jnp.int32(0),
         "token_B": token_B,
-        "new_BT": jnp.zeros((B, T), jnp.int32),
-        "count_B": jnp.zeros(B, jnp.int32),
-        "done_B": _stops(token_B, drawing),
-        "cache": jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T), (0, 0), (0, 0))), cache),
+        "new_BT": jnp.zeros((B, T), jnp.int32).at[:, 0].set(token_B),
+        "count_B": 1 - done_B.astype(jnp.int32),
+        "done_B": done_B,
+        "cache": jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, T), (0, 0))), cache),
     }
     texts = {"segments_BL": segments_BL, "length_B": length_B, "next_position_B": next_position_B}
     return texts, state
@@ -194,35 +199,37 @@ def _advance(model, T: int, sampled: bool, params, texts, drawing, state, until)
     index_BS = jnp.where(slots_S[None] < L, slots_S[None], slots_S[None] - L + length_B[:, None])  # in its own text
     one_B1 = jnp.ones((B, 1), jnp.int32)
 
-    def write(cache_BSKH, new_B1KH, slot):
-        return jax.lax.dynamic_update_slice_in_dim(cache_BSKH, new_B1KH, slot, axis=1)
+    def write(cache, new, slot):
+        """The cache of one layer or of all with its positions on the last axis but one."""
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=cache.ndim - 2)
 
     def more(state):
-        return (state["step"] < until) & ~jnp.all(state["done_B"])
+        return (state["step"] + 1 < until) & ~jnp.all(state["done_B"])
 
     def one(state):
         step, token_B, done_B, cache = (state[name] for name in ("step", "token_B", "done_B", "cache"))
-        new_BT = jax.lax.dynamic_update_slice_in_dim(state["new_BT"], token_B[:, None], step, axis=1)
-        count_B = jnp.where(done_B, state["count_B"], step + 1)
         slot = L + step
         key_segments_BS = jnp.where(((slots_S >= L) & (slots_S <= slot))[None], 1, prompt_BS)
 
         def attend(q_B1NH, k_B1KH, v_B1KH, memory, window=None, **rules):
-            k_BSKH, v_BSKH = (write(old, new, slot) for old, new in zip(memory, (k_B1KH, v_B1KH), strict=True))
+            new_BK1H = (jnp.swapaxes(k_B1KH, 1, 2), jnp.swapaxes(v_B1KH, 1, 2))
+            k_BSKH, v_BSKH = (
+                jnp.swapaxes(write(old, new, slot), 1, 2) for old, new in zip(memory, new_BK1H, strict=True)
+            )
             seen_BS = key_segments_BS
             if window is not None:
                 seen_BS = jnp.where((length_B + step)[:, None] - index_BS < window, seen_BS, 0)
-            return attention(q_B1NH, k_BSKH, v_BSKH, one_B1, seen_BS, causal=False, **rules), (k_B1KH, v_B1KH)
+            return attention(q_B1NH, k_BSKH, v_BSKH, one_B1, seen_BS, causal=False, **rules), new_BK1H
 
         position_3B1 = jnp.broadcast_to((texts["next_position_B"] + step)[None, :, None], (3, B, 1))
         x_B1D = apply(token_B[:, None], method="embed")
         hidden_B1D, new = apply(x_B1D, position_3B1, attend, cache, method="decode")
         # One write for all layers, in place: the scan over the layers reads the cache and hands back one slot of each.
-        cache = jax.tree.map(
-            lambda old, slice_: jax.lax.dynamic_update_slice_in_dim(old, slice_, slot, axis=2), cache, new
-        )
+        cache = jax.tree.map(lambda old, slice_: write(old, slice_, slot), cache, new)
         token_B = _choose(apply(hidden_B1D[:, 0], method="logits"), step + 1, sampled, drawing)
         done_B = done_B | _stops(token_B, drawing)
+        new_BT = jax.lax.dynamic_update_slice_in_dim(state["new_BT"], token_B[:, None], step + 1, axis=1)
+        count_B = jnp.where(done_B, state["count_B"], step + 2)
         values = (step + 1, token_B, new_BT, count_B, done_B, cache)
         return dict(zip(("step", "token_B", "new_BT", "count_B", "done_B", "cache"), values, strict=True))
 
@@ -383,7 +390,7 @@ class Speaker:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the model's answer to a question, perhaps about pictures, as it comes."""
     from ain_jax.tokenizer.chat import encode_prompt, load_tokenizer
-    from ain_jax.weights.load import load_folder, read_json
+    from ain_jax.weights.load import load_folder, load_image_settings
 
     parser = argparse.ArgumentParser(prog="python -m ain_jax.generate", description=main.__doc__)
     parser.add_argument("text", help="what the user says; a model without a chat template goes on from it")
@@ -400,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pictures = [path.read_bytes() for path in given.image]
         if pictures and config.vision is None:
             raise ValueError(f"{given.model} is a {config.family} without an image encoder: leave --image out")
-        settings = picture_settings(config, read_json(given.model / "preprocessor_config.json")) if pictures else None
+        settings = load_image_settings(given.model, config) if pictures else None
         prompt = prompt_with_images([], pictures, settings) if settings else Prompt([])
         counts = [len(index_M) for index_M in prompt.features]
         if isinstance(settings, ImageSettings):
@@ -418,13 +425,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     print()
-
-
-def picture_settings(config: ModelConfig, attributes: dict[str, Any]) -> ImageSettings | TileSettings:
-    """The image settings in a folder's `preprocessor_config.json`."""
-    if isinstance(config.vision, ClipConfig):
-        return tile_settings(attributes, config.vision.patch_size)
-    return image_settings(attributes)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Decoding against a forward pass over the whole row; transformers' generate is compared in tests/parity."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ain_jax.generate import Prompt, Speaker, generate, main, rows_of
+from ain_jax.generate import MOST_STOPS, Prompt, Speaker, _compiled, generate, main, rows_of
 from ain_jax.models.config import tiny
 from ain_jax.models.multimodal import MultimodalModel, init_params
 
@@ -66,6 +69,38 @@ def test_the_answer_ends_before_the_stop_id(params, greedy):
     stopped = generate(params, CONFIG, PROMPTS, NEW, [stop, 10**6])
     assert stopped[0] == greedy[0][: greedy[0].index(stop)]
     assert all(new == full[: len(new)] and stop not in new for new, full in zip(stopped, greedy, strict=True))
+
+
+def compiled_decoding(config, new_tokens):
+    """(what reads prompts, the compiled loop of new tokens, what both are called with)."""
+    begin, advance = _compiled(config, new_tokens, False, "float32")
+    params = init_params(config, jax.random.key(0))
+    arrays = rows_of([Prompt([5, 6, 7])], config, 2, 32, 0)
+    drawing = {
+        "place_B": np.zeros(2, np.int32),
+        "stop_Z": jnp.full(MOST_STOPS, -1, jnp.int32),
+        "temperature": jnp.float32(0.0),
+        "key": jax.random.key(0),
+    }
+    texts, state = begin(params, arrays, drawing)
+    return advance.lower(params, texts, drawing, state, new_tokens).compile(), (params, texts, drawing, state)
+
+
+@pytest.mark.parametrize("windows", [(0,), (8, 0), (8, 8, 0)])
+def test_a_step_copies_no_whole_stack_of_layers(windows):
+    config = tiny(layers=8, windows=windows)
+    loop, (params, _, _, state) = compiled_decoding(config, NEW)
+    stacks = [x.size for x in jax.tree.leaves((params["model"]["layers"]["mlp"], state["cache"]["layers"]))]
+    copied = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(", loop.as_text())
+    sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in copied]
+    assert sizes and max(sizes) < min(stacks)
+
+
+def test_nothing_is_computed_behind_the_last_token():
+    loop, (params, texts, drawing, state) = compiled_decoding(CONFIG, NEW)
+    for until, steps in ((1, 0), (2, 1), (5, 4)):
+        after = loop(params, texts, drawing, jax.tree.map(jnp.copy, state), until)
+        assert int(after["step"]) == steps and np.asarray(after["count_B"]).tolist() == [until] * 2
 
 
 def test_drawn_tokens_do_not_depend_on_the_neighbours(params):

@@ -92,12 +92,15 @@ class Einsum(nn.Module):
     @nn.compact
     def __call__(self, x):
         inputs, output = self.spec.split("->")
-        letters = inputs.split(",")[1]
+        given, letters = inputs.split(",")
         summed = [letter not in output for letter in letters]
+        axes = sum(summed)
+        # Then no operand is turned over: einsum sums "NH" as "HN", and copies the weight for it.
+        assert all(summed[:axes]) and given.endswith(letters[:axes]), f"{self.spec}: sum the last axes of x, in order"
         fan_in = math.prod(size for size, gone in zip(self.shape, summed, strict=True) if gone)
         init = declared(Normal(self.scale / math.sqrt(fan_in)), self.axes)
         weight: Any = self.param("weight", init, self.shape, jnp.float32)
-        y = jnp.einsum(self.spec, x.astype(self.dtype), weight.astype(self.dtype))
+        y = jnp.tensordot(x.astype(self.dtype), weight.astype(self.dtype), axes)
         if self.has_variable("lora", "a"):
             y = y + low_rank(self.spec, x.astype(self.dtype), *_pair(self))
         if self.bias:
@@ -112,7 +115,8 @@ class Einsum(nn.Module):
 class Norm(nn.Module):
     """`x` divided by its root mean square over the last axis, times a weight; with `center`, LayerNorm with a bias.
 
-    With `plus_one` the weight is stored as its difference from 1 and multiplied in float32, as Gemma does it.
+    With `plus_one` the weight is stored as its difference from 1 and multiplied in float32, as Gemma does it. LayerNorm
+    is rounded to the compute dtype once, at its end, as torch does it; the other norm is before its weight, as Llama's.
     """
 
     width: int
@@ -133,11 +137,11 @@ class Norm(nn.Module):
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         if self.plus_one:
             return (y * (1.0 + jnp.expand_dims(weight.astype(jnp.float32), leading))).astype(self.dtype)
-        y = y.astype(self.dtype) * jnp.expand_dims(weight.astype(self.dtype), leading)
         if self.center:
             bias: Any = self.param("bias", declared(Constant(0.0), (self.axis,)), (self.width,), jnp.float32)
-            y = y + jnp.expand_dims(bias.astype(self.dtype), leading)
-        return y
+            weight_E, bias_E = (jnp.expand_dims(x.astype(jnp.float32), leading) for x in (weight, bias))
+            return (y * weight_E + bias_E).astype(self.dtype)
+        return y.astype(self.dtype) * jnp.expand_dims(weight.astype(self.dtype), leading)
 
 
 class Embedding(nn.Module):
@@ -336,15 +340,19 @@ def run_layers(variables: Any, kinds: Sequence[Any], x: Any, memory: Any, remat:
     if remat != "none":
         kinds = [jax.checkpoint(kind, prevent_cse=False, policy=REMAT[remat]) for kind in kinds]
     size = len(kinds)
-    in_turns = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), (variables, memory))
+    in_turns = (variables, memory)
+    if size > 1:  # with an axis of size 1, XLA for CPUs copies the whole stack, when decoding for every token
+        in_turns = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), in_turns)
 
     def turn(x, one_turn):
         kept = []
         for i, kind in enumerate(kinds):
-            of_layer, layer_memory = jax.tree.map(lambda leaf, i=i: leaf[i], one_turn)
+            of_layer, layer_memory = jax.tree.map(lambda leaf, i=i: leaf[i] if size > 1 else leaf, one_turn)
             x, layer_memory = kind(of_layer, x, layer_memory)
             kept.append(layer_memory)
+        if size == 1:
+            return x, kept[0]
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
     x, memory = jax.lax.scan(turn, x, in_turns)
-    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), memory)
+    return x, memory if size == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), memory)

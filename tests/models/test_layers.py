@@ -51,6 +51,16 @@ def test_norms_equal_the_formula():
     np.testing.assert_allclose(layer, expected, atol=1e-5)
 
 
+def test_layer_norm_is_rounded_once():
+    """In bfloat16 it gives the bfloat16 nearest to its float32 result: twice rounded, some values would lie beside."""
+    rng = np.random.default_rng(0)
+    x, weight, bias = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((4, 16, 64), (64,), (64,)))
+    params = {"params": {"weight": weight, "bias": bias}}
+    whole = Norm(64, 1e-6, center=True).apply(params, x)
+    half = Norm(64, 1e-6, center=True, dtype=jnp.bfloat16).apply(params, x)
+    assert half.dtype == jnp.bfloat16 and np.array_equal(half, whole.astype(jnp.bfloat16))
+
+
 def test_a_projection_starts_with_outputs_of_the_size_of_its_inputs():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 256)), jnp.float32)
     layer = Einsum("BLD,DNH->BLNH", (256, 4, 32), ("embed", "heads", "head"), bias=True)
