@@ -84,18 +84,20 @@ def generate(
     unit = config.vision.tile_patches if isinstance(config.vision, ClipConfig) else 1  # whole tiles
     most = max(0 if prompt.patches_PK is None else len(prompt.patches_PK) for prompt in prompts)
     patches = unit * _bucket(-(-most // unit))
-    shapes = [(_bucket(len(prompt.tokens_L)), 0 if prompt.patches_PK is None else patches) for prompt in prompts]
+    lengths = [len(prompt.tokens_L) for prompt in prompts]
+    sizes = [0 if prompt.patches_PK is None else patches for prompt in prompts]
     B = min(rows, 1 << (len(prompts) - 1).bit_length())
     # Of one size, so as not to compile again.
     stop_Z = jnp.asarray([*stop_ids] + [-1] * (MOST_STOPS - len(stop_ids)), jnp.int32)
     begin, advance = _compiled(config, max_new_tokens, temperature > 0, jnp.dtype(dtype).name)
     params = jax.device_put(params)  # once: numpy arrays would be sent anew by each call of the two
     waiting: list[tuple[list[int], Any]] = []
-    for shape in sorted(set(shapes)):
-        members = [i for i in range(len(prompts)) if shapes[i] == shape]
+    for size in sorted(set(sizes)):
+        # By length alone: rows that are left empty cost as much as rows padded to the next length.
+        members = sorted((i for i in range(len(prompts)) if sizes[i] == size), key=lengths.__getitem__)
         for start in range(0, len(members), B):
             chosen = members[start : start + B]
-            arrays = rows_of([prompts[i] for i in chosen], config, B, *shape)
+            arrays = rows_of([prompts[i] for i in chosen], config, B, _bucket(lengths[chosen[-1]]), size)
             drawing = {
                 "place_B": np.array(chosen + [0] * (B - len(chosen)), np.int32),
                 "stop_Z": stop_Z,

@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -187,7 +188,7 @@ def main(given: argparse.Namespace) -> None:
     os.sched_setaffinity(0, cores[:threads])  # XLA makes as many threads as it sees cores
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
-    clock, console, rows = CLOCKS[given.clock], Console(), []
+    clock, console, rows = CLOCKS[given.clock], Console(width=None if sys.stdout.isatty() else 130), []
     with tempfile.TemporaryDirectory() as made:
         folder = given.model or random_model(made)
         ours, weights, vocabulary = our_side(folder, given.dtype, given.new_tokens, clock)

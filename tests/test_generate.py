@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import ain_jax.generate
 from ain_jax.generate import MOST_STOPS, Prompt, Speaker, _compiled, generate, main, rows_of
 from ain_jax.models.config import tiny
 from ain_jax.models.multimodal import MultimodalModel, init_params
@@ -94,6 +95,20 @@ def test_a_step_copies_no_whole_stack_of_layers(windows):
     copied = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(", loop.as_text())
     sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in copied]
     assert sizes and max(sizes) < min(stacks)
+
+
+def test_prompts_of_uneven_length_fill_the_rows(params, monkeypatch):
+    texts = [Prompt(list(range(5, 5 + length))) for length in (3, 70, 33, 9, 40)]
+    alone = [generate(params, CONFIG, [text], NEW)[0] for text in texts]
+    ran = []
+    monkeypatch.setattr(
+        ain_jax.generate,
+        "rows_of",
+        lambda chosen, config, B, L, P: ran.append((B, L)) or rows_of(chosen, config, B, L, P),
+    )
+    assert generate(params, CONFIG, texts, NEW) == alone
+    assert generate(params, CONFIG, texts, NEW, rows=2) == alone
+    assert ran == [(8, 128), (2, 32), (2, 64), (2, 128)]
 
 
 def test_nothing_is_computed_behind_the_last_token():
