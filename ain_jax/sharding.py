@@ -82,6 +82,12 @@ def shardings(axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(lambda a, s: NamedSharding(mesh, spec(a, s.shape, mesh)), axes, shapes, is_leaf=is_axes)
 
 
+def layout(axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+    """`shapes` as ShapeDtypeStructs that say where each array lies."""
+    placed = shardings(axes, shapes, mesh)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
+
+
 def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of every array of a batch: rows first, spread over the data axes."""
     return NamedSharding(mesh, PartitionSpec(RULES["rows"]))

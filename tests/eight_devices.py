@@ -101,10 +101,7 @@ def main(folder: Path) -> None:
     eight = sharding.make_mesh(sharding.Mesh(data=-1, fsdp=2, tensor=2))
     found = {"one": on(one, made, folder / "one"), "eight": on(eight, made, folder / "eight")}
     # What eight devices wrote, one device reads.
-    placed = sharding.shardings(axis_names(CONFIG), abstract_params(CONFIG), one)
-    like = jax.tree.map(
-        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract_params(CONFIG), placed
-    )
+    like = sharding.layout(axis_names(CONFIG), abstract_params(CONFIG), one)
     read, again = (checkpoint.load_params(folder / name, like) for name in ("one", "eight"))
     apart = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), read, again)
     found["published"] = published(eight, folder / "published")

@@ -262,9 +262,7 @@ class StageRun:
 
     def layout(self) -> Any:
         """Shapes and shardings of the parameters."""
-        shapes = abstract_params(self.config)
-        placed = sharding.shardings(axis_names(self.config), shapes, self.mesh)
-        return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
+        return sharding.layout(axis_names(self.config), abstract_params(self.config), self.mesh)
 
     def initial_params(self) -> Any:
         """The parameters before any stage: the published model's, or random ones, the same for every stage."""

@@ -67,23 +67,21 @@ def load_params(
     _check_tied_copy(tensors, config.text.tied)
 
     mesh = mesh or sharding.one_device()
-    shapes: dict[str, Any] = dict(flatten_dict(abstract_params(config), sep="/"))
-    layouts: dict[str, Any] = dict(
-        flatten_dict(sharding.shardings(axis_names(config), abstract_params(config), mesh), sep="/")
-    )
+    layout = sharding.layout(axis_names(config), abstract_params(config), mesh)
+    leaves: dict[str, Any] = dict(flatten_dict(layout, sep="/"))
     params: dict[str, Any] = {}
     for tensor in tensors:
         place = places.get(canonical(tensor.name))
         if place is None:  # the copy of a tied head
             continue
-        where, kept = layouts[place.path], jnp.dtype(dtype or tensor.dtype)
+        where, kept = leaves[place.path].sharding, jnp.dtype(dtype or tensor.dtype)
         if place.layer is None:
             piece = _on_devices(tensor, place.layout, letters, where)
             params[place.path] = piece if piece.dtype == kept else _cast(piece, kept)
         else:
             piece = _on_devices(tensor, place.layout, letters, NamedSharding(mesh, PartitionSpec(*where.spec[1:])))
             if place.path not in params:
-                params[place.path] = _empty(shapes[place.path].shape, kept, where)
+                params[place.path] = _empty(leaves[place.path].shape, kept, where)
             params[place.path] = _put(params[place.path], piece, jnp.int32(place.layer))
         # Else the host would read on and pile up what the devices have not taken yet.
         jax.block_until_ready(params[place.path])

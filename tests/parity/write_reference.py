@@ -18,7 +18,8 @@ from ain_jax.data.positions import feature_count
 from ain_jax.generate import Prompt, rows_of
 from ain_jax.models.multimodal import MultimodalModel
 from ain_jax.tokenizer.chat import encode_prompt, load_tokenizer
-from ain_jax.weights.load import load_folder, read_json
+from ain_jax.weights.load import load_folder
+from ain_jax.weights.shards import read_json
 
 TEXTS = ("ما المكتوب في هذه الصورة؟", "And in this one? Answer in English, please.")
 

@@ -27,7 +27,7 @@ from typing import Any
 import gguf_folder
 
 from ain_jax.weights.export import replace_folder, write_json
-from ain_jax.weights.load import read_json
+from ain_jax.weights.shards import read_json
 
 RECIPE = 1  # raise it when the same wheels shall give another folder: the old ones are then made anew
 
