@@ -7,6 +7,9 @@ A file holds gin bindings; `include` is relative to the file; a scope is the nam
     Optimizer.learning_rate = 3e-3     # for every stage
     pretrain/Trainer.steps = %steps    # for one stage
 
+A stage may run more than once, under further names: with `Experiment.kinds = {"new_rows": "pretrain"}` the stage
+new_rows does what pretrain does. It reads `pretrain/` bindings too, and its own `new_rows/` before them.
+
 Only gin's parser is used. It yields (scope, selector, argument, value, line); the settings classes of
 `ain_jax.stages` are filled from that here, so that names, scopes and types are checked before anything runs.
 """
@@ -38,12 +41,20 @@ class Experiment:
     stages: tuple[str, ...]
     seed: int = 0
     description: str = ""
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further stages: name -> the stage it is like
 
     def __post_init__(self):
+        unused = sorted(set(self.kinds) - set(self.stages))
+        if unused:
+            raise ValueError(f"kinds names {unused[0]!r}, which stages does not hold: add it there, or leave it out")
         if self.name != Path(self.name).name or self.name in ("", ".."):
             raise ValueError(f"name = {self.name!r}: expected the name of a folder, which runs/ will hold")
         if not self.stages:
             raise ValueError("stages = (): expected one stage or more")
+
+    def kind(self, stage: str) -> str:
+        """The stage that this one is like: its own name, unless `kinds` has it."""
+        return self.kinds.get(stage, stage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +240,16 @@ def resolve(
     macros = {b.selector: b.value for b in bindings if not b.argument}
     used = {name for b in bindings for name in _references(b.value)}
     classes = {c.__name__: c for group in stages.values() for c in group} | {"Experiment": Experiment}
+    stages = dict(stages)
+    for name, kind in _kinds(bindings, macros, faults).items():
+        if name in stages:
+            faults.append(f"Experiment.kinds: {name!r} is a stage of its own: give the further stage another name")
+        elif kind not in stages:
+            faults.append(f"Experiment.kinds: no stage {kind!r}: {nearest(kind, list(stages))}")
+        elif name != Path(name).name or name in ("", ".."):
+            faults.append(f"Experiment.kinds: {name!r} cannot name a folder: give the further stage another name")
+        else:
+            stages[name] = stages[kind]
     chosen: dict[tuple[str, str, str], Binding] = {}
     for binding in bindings:
         if not binding.argument:
@@ -246,12 +267,12 @@ def resolve(
         except ExperimentError as error:
             faults.append(f"{binding.where}: {error}")
 
-    def fill(cls: type, scope: str) -> Any:
+    def fill(cls: type, scope: str, kind: str = EVERY_STAGE) -> Any:
         hints = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             name = (cls.__name__, field.name)
-            binding = chosen.get((scope, *name)) or chosen.get((EVERY_STAGE, *name))
+            binding = chosen.get((scope, *name)) or chosen.get((kind, *name)) or chosen.get((EVERY_STAGE, *name))
             if binding is None:
                 if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                     key = f"{scope}/{cls.__name__}" if scope else cls.__name__
@@ -287,7 +308,8 @@ def resolve(
             if stage not in stages:
                 faults.append(f"Experiment.stages: no stage {stage!r}: {nearest(stage, list(stages))}")
                 continue
-            settings[stage] = {cls.__name__: fill(cls, stage) for cls in stages[stage]}
+            kind = experiment.kind(stage)
+            settings[stage] = {cls.__name__: fill(cls, stage, kind) for cls in stages[stage]}
     in_force = set(origin.values())
     for binding in overrides:
         latest = chosen.get((binding.scope, binding.selector, binding.argument)) is binding
@@ -310,6 +332,16 @@ def resolve(
         raise ExperimentError("\n".join(dict.fromkeys(faults)))
     assert experiment is not None, "an experiment without faults has its settings"
     return Resolved(experiment, settings, origin)
+
+
+def _kinds(bindings: Sequence[Binding], macros: Mapping[str, Any], faults: list[str]) -> Mapping[str, str]:
+    """What `Experiment.kinds` is bound to, needed before the names of stages are checked."""
+    bound = [b for b in bindings if (b.scope, b.selector, b.argument) == (EVERY_STAGE, "Experiment", "kinds")]
+    try:
+        return _typed(_expand(bound[-1].value, macros), Mapping[str, str], bound[-1].key) if bound else {}
+    except ExperimentError as error:
+        faults.append(f"{bound[-1].where}: {error}")
+        return {}
 
 
 def _name_fault(binding: Binding, classes: Mapping[str, type], stages: Mapping[str, Sequence[type]]) -> str | None:

@@ -117,7 +117,7 @@ def run(resolved: Resolved, root: Path, only: str | None = None) -> int:
         _write_text(here / "config.gin", "\n".join(_lines(resolved, stage)) + "\n")
         began = time.monotonic()
         try:
-            numbers = registry.RUN[stage](registry.StageRun(resolved, root, stage))
+            numbers = registry.RUN[resolved.experiment.kind(stage)](registry.StageRun(resolved, root, stage))
         except BaseException:
             if [p.name for p in here.iterdir()] == ["config.gin"]:  # refused before it began: nothing holds it to that
                 (here / "config.gin").unlink()

@@ -293,3 +293,43 @@ def test_the_experiments_that_come_with_it_resolve(path, tmp_path):
     (tmp_path / "config.gin").write_text(found.text(), "utf-8")
     again = resolve(read_bindings(tmp_path / "config.gin"), SETTINGS)
     assert again.settings == found.settings and again.experiment == found.experiment
+
+
+# A stage under a further name
+
+KINDS = 'Experiment.name = "test"\nExperiment.stages = ("rows", "pretrain")\nExperiment.kinds = {"rows": "pretrain"}\n'
+
+
+def resolved_kinds(path, text, *overrides):
+    path = path / "test.gin"
+    path.write_text(text, "utf-8")
+    return resolve(read_bindings(path), STAGES, [parse_override(o) for o in overrides])
+
+
+def test_a_stage_of_a_kind_reads_the_bindings_of_its_kind_and_its_own_before_them(tmp_path):
+    text = KINDS + "Trainer.steps = 1\npretrain/Trainer.steps = 2\nrows/Trainer.rate = 3\npretrain/Trainer.rate = 4\n"
+    found = resolved_kinds(tmp_path, text, "rows/Model.width=5")
+    rows, pretrain = found.stage("rows"), found.stage("pretrain")
+    assert (rows["Trainer"].steps, rows["Trainer"].rate, rows["Model"].width) == (2, 3.0, 5)
+    assert (pretrain["Trainer"].steps, pretrain["Trainer"].rate, pretrain["Model"].width) == (2, 4.0, 8)
+    assert found.experiment.kind("rows") == "pretrain" and found.experiment.kind("pretrain") == "pretrain"
+    (tmp_path / "again").mkdir()
+    again = resolved_kinds(tmp_path / "again", found.text())
+    assert again.settings == found.settings and again.experiment == found.experiment
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ('{"rows": "pretrian"}', ["no stage 'pretrian'", "did you mean 'pretrain'?"]),
+        ('{"export": "pretrain"}', ["'export' is a stage of its own"]),
+        ('{"rows": "pretrain", "other": "pretrain"}', ["'other'", "stages does not hold"]),
+        ('{"rows": 3}', ["expected str", "found int"]),
+        ('{"../rows": "pretrain"}', ["'../rows' cannot name a folder"]),
+    ],
+)
+def test_wrong_kinds_are_refused(tmp_path, kinds, words):
+    text = KINDS.rpartition("Experiment.kinds")[0] + f"Experiment.kinds = {kinds}\nTrainer.steps = 1\n"
+    with pytest.raises(ExperimentError) as error:
+        resolved_kinds(tmp_path, text)
+    assert all(word in str(error.value) for word in words), str(error.value)
