@@ -7,6 +7,8 @@ A file holds gin bindings; `include` is relative to the file; a scope is the nam
     Optimizer.learning_rate = 3e-3     # for every stage
     pretrain/Trainer.steps = %steps    # for one stage
 
+A setting that is itself a class, a part, is bound by its own name: `Similarity.neighbours = 8`, whoever holds one.
+
 A stage may run more than once, under further names: with `Experiment.kinds = {"new_rows": "pretrain"}` the stage
 new_rows does what pretrain does. It reads `pretrain/` bindings too, and its own `new_rows/` before them.
 
@@ -215,6 +217,8 @@ class Resolved:
         for scope, value in groups:
             lines.append("")
             for field in dataclasses.fields(value):
+                if dataclasses.is_dataclass(getattr(value, field.name)):
+                    continue  # a part stands by itself
                 key = f"{scope}{type(value).__name__}.{field.name}"
                 origin = self.origin.get(key)
                 comment = f"  # {origin}" if origin and origins else ""
@@ -239,8 +243,10 @@ def resolve(
     bindings = [*bindings, *overrides]
     macros = {b.selector: b.value for b in bindings if not b.argument}
     used = {name for b in bindings for name in _references(b.value)}
+    stages = {
+        name: tuple(dict.fromkeys(c for cls in group for c in _with_parts(cls))) for name, group in stages.items()
+    }
     classes = {c.__name__: c for group in stages.values() for c in group} | {"Experiment": Experiment}
-    stages = dict(stages)
     for name, kind in _kinds(bindings, macros, faults).items():
         if name in stages:
             faults.append(f"Experiment.kinds: {name!r} is a stage of its own: give the further stage another name")
@@ -271,6 +277,12 @@ def resolve(
         hints = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[field.name]):
+                part = fill(hints[field.name], scope, kind)
+                if part is None:  # its fault is told
+                    return None
+                values[field.name] = part
+                continue
             name = (cls.__name__, field.name)
             binding = chosen.get((scope, *name)) or chosen.get((kind, *name)) or chosen.get((EVERY_STAGE, *name))
             if binding is None:
@@ -334,6 +346,12 @@ def resolve(
     return Resolved(experiment, settings, origin)
 
 
+def _with_parts(cls: type) -> list[type]:
+    """The class and those of its settings that are classes, theirs included."""
+    parts = [part for part in typing.get_type_hints(cls).values() if dataclasses.is_dataclass(part)]
+    return [cls, *(found for part in parts if isinstance(part, type) for found in _with_parts(part))]
+
+
 def _kinds(bindings: Sequence[Binding], macros: Mapping[str, Any], faults: list[str]) -> Mapping[str, str]:
     """What `Experiment.kinds` is bound to, needed before the names of stages are checked."""
     bound = [b for b in bindings if (b.scope, b.selector, b.argument) == (EVERY_STAGE, "Experiment", "kinds")]
@@ -350,6 +368,9 @@ def _name_fault(binding: Binding, classes: Mapping[str, type], stages: Mapping[s
     if binding.selector not in classes:
         return f"no settings class {binding.selector!r} in {binding.key!r}: {nearest(binding.selector, list(classes))}"
     names = [f.name for f in dataclasses.fields(classes[binding.selector])]
+    part = typing.get_type_hints(classes[binding.selector]).get(binding.argument)
+    if dataclasses.is_dataclass(part) and isinstance(part, type):
+        return f"{binding.key} is a part with settings of its own: bind {part.__name__}.NAME instead"
     if binding.argument not in names:
         return f"{binding.selector} has no setting {binding.argument!r}: {nearest(binding.argument, names)}"
     if binding.scope:

@@ -333,3 +333,36 @@ def test_wrong_kinds_are_refused(tmp_path, kinds, words):
     with pytest.raises(ExperimentError) as error:
         resolved_kinds(tmp_path, text)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+# A setting that is a class
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    size: int = 1
+    deep: Model = Model()
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    rate: float = 1.0
+    part: Part = Part()
+
+
+def test_a_part_is_bound_by_its_own_name_and_written_out_by_it(tmp_path):
+    head = 'Experiment.name = "test"\nExperiment.stages = ("pretrain", "export")\n'
+    stages = {"pretrain": (Whole,), "export": (Part,)}
+
+    def read(text, *overrides):
+        (tmp_path / "test.gin").write_text(text, "utf-8")
+        return resolve(read_bindings(tmp_path / "test.gin"), stages, [parse_override(o) for o in overrides])
+
+    found = read(head + "Part.size = 2\npretrain/Part.size = 3\nModel.width = 4\n", "pretrain/Whole.rate=5")
+    assert found.stage("pretrain")["Whole"] == Whole(5.0, Part(3, Model(4)))
+    assert found.stage("export")["Part"] == Part(2, Model(4))
+    assert read(found.text()).settings == found.settings
+    with pytest.raises(ExperimentError, match=r"Whole.part is a part with settings of its own: bind Part.NAME"):
+        read(head + "Whole.part = 3\n")
+    with pytest.raises(ExperimentError, match="did you mean 'size'"):
+        read(head + "Part.sise = 3\n")
