@@ -1,8 +1,9 @@
-"""The files of a tokenizer folder: the SentencePiece model and the same ids as transformers opens them.
+"""The files of a tokenizer folder, as transformers opens them, and the SentencePiece model they may stand beside.
 
-tokenizer.model          the extended SentencePiece model; special tokens are CONTROL pieces tokenizer.json
-the same ids for the `tokenizers` library tokenizer_config.json    special tokens and the class; a missing
-class lets transformers 5 rebuild another tokenizer special_tokens_map.json, chat_template.jinja
+tokenizer.json           the ids, for the `tokenizers` library
+tokenizer.model          the same as a SentencePiece model, where the base has one; special tokens are CONTROL pieces
+tokenizer_config.json    special tokens and the class; a missing class lets transformers 5 rebuild another tokenizer
+special_tokens_map.json, chat_template.jinja
 extension.json           how it was made, and which base ids each new piece replaces
 """
 
@@ -28,6 +29,12 @@ NAMES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+# What a tokenizer_config.json says to the class that once read it. Added tokens stand in tokenizer.json.
+OF_A_CLASS = (
+    "added_tokens_decoder", "auto_map", "backend", "is_local", "legacy", "name_or_path", "sp_model_kwargs",
+    "special_tokens_map_file", "tokenizer_file", "use_default_system_prompt", "vocab_file",
+)  # fmt: skip
 WRITTEN_BY_HAND = -1e8  # pieces scored below this (Llama's runs of blanks, -1e9) were no merges of the base's training
 
 
@@ -182,32 +189,47 @@ def tokenizer_json(model: Any) -> dict[str, Any]:
 
 
 def contents(
-    model: Any, special_ids: Mapping[str, int], chat_template: str, eos_token: str, pad_token: str
+    data: Mapping[str, Any],
+    config: Mapping[str, Any],
+    chat_template: str,
+    named: Mapping[str, str],
+    special_tokens: Iterable[str],
+    model: Any | None = None,
 ) -> dict[str, bytes]:
-    """File name -> bytes of a tokenizer folder, the manifest left out."""
-    spec = model.trainer_spec
-    named = {"eos_token": eos_token, "pad_token": pad_token}
-    for name, index in (("bos_token", spec.bos_id), ("unk_token", spec.unk_id)):
-        if index >= 0:
-            named[name] = model.pieces[index].piece
-    others = [token for token in special_ids if token not in named.values()]
-    config = {
+    """File name -> bytes of a tokenizer folder, the manifest left out.
+
+    `data` is the tokenizer.json, `config` the base's own tokenizer_config.json, `named` the special tokens that have
+    a role (eos_token, ...), `special_tokens` the new ones.
+    """
+    listed = config.get("additional_special_tokens") or []
+    known = [token["content"] if isinstance(token, Mapping) else token for token in listed]
+    others = [token for token in dict.fromkeys((*known, *special_tokens)) if token not in named.values()]
+    defaults: dict[str, Any] = (
+        {} if config or data.get("post_processor") else {"add_bos_token": False, "add_eos_token": False}
+    )
+    split = data.get("pre_tokenizer") or {}
+    if "add_prefix_space" in split:  # transformers writes its own default over a pre-tokenizer that stands alone
+        defaults["add_prefix_space"] = split["add_prefix_space"]
+    written = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
+        **defaults,
+        "clean_up_tokenization_spaces": False,  # or decoding would not give the text back
         "model_max_length": int(1e30),  # transformers' way to say that there is no limit
+        **{key: value for key, value in config.items() if key not in (*OF_A_CLASS, *ROLES)},
         **named,
         "additional_special_tokens": others,
         "chat_template": chat_template,
     }
-    return {
-        "tokenizer.model": model.SerializeToString(),
-        "tokenizer.json": _json(tokenizer_json(model), indent=None),  # an indented one takes Python a second
-        "tokenizer_config.json": _json(config),
+    written |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    files = {
+        "tokenizer.json": _json(data, indent=None),  # an indented one takes Python a second
+        "tokenizer_config.json": _json(written),
         "special_tokens_map.json": _json({**named, "additional_special_tokens": others}),
         "chat_template.jinja": chat_template.encode(),
     }
+    if model is not None:
+        files["tokenizer.model"] = model.SerializeToString()
+    return files
 
 
 def fingerprint(files: Mapping[str, bytes]) -> str:
@@ -240,7 +262,7 @@ def read_extension(out_dir: str | Path) -> Extension:
     out_dir = Path(out_dir)
     try:
         manifest = json.loads((out_dir / "extension.json").read_text(encoding="utf-8"))
-        files = {name: (out_dir / name).read_bytes() for name in NAMES}
+        files = {name: (out_dir / name).read_bytes() for name in manifest.get("files", NAMES)}
     except OSError as error:
         raise ValueError(f"{error.filename} is missing; {out_dir} is no folder that `extend` wrote") from error
     found = fingerprint(files)

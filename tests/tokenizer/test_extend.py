@@ -1,43 +1,30 @@
-"""The extension against a brute-force BPE, SentencePiece's own encoder and transformers' AutoTokenizer."""
+"""The written folder against SentencePiece's own encoder and transformers' AutoTokenizer, for bases of both kinds."""
 
 import hashlib
-import itertools
 import json
 import re
-from collections import Counter
-from pathlib import Path
-from typing import Any
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_bases import ARABIC as ARABIC_TEXTS
+from tiny_bases import ENGLISH as ENGLISH_TEXTS
+from tiny_bases import MISTRAL as BASE
+from tiny_bases import TEMPLATE, both_forms, byte_level, llama_like, sentencepiece_model
 from transformers import AutoTokenizer
 
 from ain_jax.tokenizer import extend as extending
-from ain_jax.tokenizer.chat import encode_texts
-from ain_jax.tokenizer.extend import (
-    SPECIAL_TOKENS,
-    continue_bpe,
-    extend,
-    learning_words,
-    padded_vocab,
-    reachable,
-    read_texts,
-)
-from ain_jax.tokenizer.folder import append, processor, read_extension, read_model
+from ain_jax.tokenizer import folder as files
+from ain_jax.tokenizer.base import open_base
+from ain_jax.tokenizer.chat import CHATML_TEMPLATE, encode_texts, load_tokenizer
+from ain_jax.tokenizer.extend import SPECIAL_TOKENS, extend, main, padded_vocab, remake
+from ain_jax.tokenizer.folder import read_extension, tokenizer_json
 
-SAMPLE = Path(extending.__file__).parents[1] / "sample"
-BASE = SAMPLE / "tokenizer" / "mistral_v1.model"
-
-
-def sample(name, language):
-    lines = (SAMPLE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)[language] for line in lines]
-
-
-ARABIC_TEXTS = sample("udhr", "ar") + sample("handbook", "ar")[:150]
-ENGLISH_TEXTS = sample("udhr", "en") + sample("handbook", "en")[:200]
+LETTERS = f"[{extending.ARABIC.letters}{extending.ARABIC.marks}]"
 
 
 @pytest.fixture(scope="module")
@@ -53,92 +40,23 @@ def forms(extension):
     return before, after, AutoTokenizer.from_pretrained(str(extension.folder))
 
 
-def brute_force(words, limit, min_count=2):
-    """The textbook: count all pairs, merge the most frequent (the oldest symbols at a tie), again."""
-    words = {tuple((symbol,) for symbol in word): count for word, count in words.items()}
-    age = {symbol: index for index, symbol in enumerate(sorted({s for word in words for s in word}))}
-    merges = []
-    while len(age) < limit + len({symbol for symbol in age if len(symbol) == 1}):
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in itertools.pairwise(word):
-                pairs[pair] += count
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], age[pair[0]], age[pair[1]]))
-        if pairs[best] < min_count:
-            break
-        merges.append(("".join(best[0]), "".join(best[1])))
-        age.setdefault(best[0] + best[1], len(age))
-        merged: Counter = Counter()
-        for word, count in words.items():
-            joined, place = [], 0
-            while place < len(word):
-                here = word[place : place + 2] == best
-                joined.append(best[0] + best[1] if here else word[place])
-                place += 2 if here else 1
-            merged[tuple(joined)] += count
-        words = merged
-    return merges
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Bases of both kinds in the forms of registries, each with its extension by 80 pieces."""
+    root = tmp_path_factory.mktemp("folders")
+    bases = {
+        "qwen": byte_level(root / "qwen", norm=tokenizers.normalizers.NFC()),
+        "smollm": byte_level(root / "smollm", regex=None),
+        "llama3": byte_level(root / "llama3", ignore_merges=True),
+        "gaps": byte_level(root / "gaps", gaps=True),
+        "llama2": llama_like(root / "llama2"),
+        "pairs": llama_like(root / "pairs", "pairs"),
+        "both": both_forms(root / "both"),
+    }
+    return {n: (p, extend(p, ARABIC_TEXTS, out_dir=root / f"{n}+", pieces=80)) for n, p in bases.items()}
 
 
-def test_a_worked_continuation():
-    assert continue_bpe({("a", "b", "c"): 3, ("a", "b"): 1}, 2) == [("a", "b"), ("ab", "c")]
-    # a tie: the pair of the older symbols first, whatever was read first
-    assert continue_bpe({("c", "d"): 2, ("a", "b"): 2}, 2) == [("a", "b"), ("c", "d")]
-    # symbols of a base may be longer than a character, and stay what they are
-    assert continue_bpe({("▁ال", "م"): 2, ("▁", "ال"): 5}, 2) == [("▁", "ال"), ("▁ال", "م")]
-    assert continue_bpe({("a", "b"): 1}, 5) == []
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.dictionaries(
-        st.lists(st.sampled_from(["a", "b", "c", "de"]), min_size=1, max_size=7).map(tuple),
-        st.integers(1, 9),
-        min_size=1,
-        max_size=8,
-    )
-)
-def test_merges_equal_brute_force(words):
-    assert continue_bpe(words, 20) == brute_force(words, 20)
-
-
-def test_merges_on_real_text_equal_brute_force(extension):
-    model = read_model(BASE)
-    singles = [piece for piece in extension.pieces if len(piece) == 1]
-    cut = processor(append(model, singles), prefix=False)
-    words: Counter = Counter()
-    for text in ARABIC_TEXTS:
-        for chunk in text.split(" "):
-            run = []
-            for symbol in [*(cut.encode("▁" + chunk, out_type=str) if chunk else []), ""]:
-                arabic = symbol != "" and all(c == "▁" or re.match(LETTERS, c) for c in symbol)
-                if arabic:
-                    run.append(symbol)
-                else:
-                    words[tuple(run)] += len(run) > 1
-                    run = []
-    found = brute_force(+words, 50)
-    assert len(found) == 50 and found == list(extension.merges[:50])
-
-
-LETTERS = f"[{extending.ARABIC.letters}{extending.ARABIC.marks}]"
-
-
-def test_words_to_learn_from():
-    model = read_model(BASE)
-    chunks = {"▁(الحر)،": 3, "▁الحر": 2, "▁كَم": 1, "▁١٢": 9, "▁the": 9, "▁ب\nب": 4}
-    words = learning_words(model, chunks, extending.ARABIC, "strip", "strip")
-    assert words == {("ال", "ح", "ر"): 3, ("▁ال", "ح", "ر"): 2, ("▁", "ك", "م"): 1, ("▁", "ب"): 4}
-
-
-def test_a_piece_that_another_cuts_off_gives_way():
-    model, (a, b, c, d) = read_model(BASE), "بتند"
-    # b+c is joined before a+b and c+d are, so a+b+c+d never comes about
-    merged = [b + c, a + b, c + d, a + b + c + d, d + a]
-    assert reachable(model, [], merged, 4) == [b + c, a + b, c + d, d + a]
-    assert reachable(model, [], merged[:4], 4) == merged[:3]
+KINDS = ("qwen", "smollm", "llama3", "gaps", "llama2", "pairs", "both")
 
 
 def test_special_tokens_and_pieces_stand_behind_the_base(extension, forms):
@@ -167,6 +85,13 @@ def test_every_piece_is_emitted(extension, forms):
     for index, piece in enumerate(extension.pieces, 32007):
         ids = after.encode("\n" + piece.replace("▁", " "))
         assert ids[-1] == index and len(ids) == 3, (piece, ids)  # the dummy blank, the newline, the piece
+
+
+def test_tokenizer_json_is_what_the_grown_model_gives(extension):
+    """Growing the base's tokenizer.json and converting the grown SentencePiece model are two ways to one file."""
+    model = files.read_model(extension.folder / "tokenizer.model")
+    written = json.loads((extension.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    assert written == tokenizer_json(model)
 
 
 def test_fewer_tokens_for_arabic_none_changed_for_english(forms):
@@ -221,6 +146,83 @@ def test_text_without_new_characters_keeps_its_ids(forms, text):
     assert after.encode(text) == before.encode(text)
 
 
+@pytest.fixture(scope="module")
+def opened(folders):
+    """Each base's own tokenizer.json, and AutoTokenizer of its extension."""
+    form = lambda folder: tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return {name: (form(path), load_tokenizer(extension.folder)) for name, (path, extension) in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def written(folders):
+    """The tokenizer.json of each extension."""
+    return {
+        name: tokenizers.Tokenizer.from_file(str(extension.folder / "tokenizer.json"))
+        for name, (_, extension) in folders.items()
+    }
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_old_ids_and_special_tokens_do_not_move(folders, opened, name):
+    path, extension = folders[name]
+    base, (before, auto) = open_base(path), opened[name]
+    assert {piece: auto.convert_tokens_to_ids(piece) for piece in base.ids} == before.get_vocab()
+    assert extension.base_size == base.size == max(before.get_vocab().values()) + 1
+    assert list(extension.special_tokens.values()) == list(range(base.size, extension.first_piece))
+    pieces = auto.convert_ids_to_tokens(list(range(extension.first_piece, extension.size)))
+    assert tuple(pieces) == extension.pieces and len(auto) == len(base.ids) + extension.size - base.size
+    own = base.chat_template is not None
+    assert len(extension.special_tokens) == (0 if own else 7)
+    assert auto.chat_template == (TEMPLATE if own else CHATML_TEMPLATE)
+    assert auto.eos_token == "<|im_end|>" and auto.pad_token == ("<|endoftext|>" if own else "<|pad|>")
+    for token in base.special:
+        assert auto.encode(f"a{token}b", add_special_tokens=False).count(base.ids[token]) == 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_english_keeps_every_id_and_arabic_comes_back(opened, name):
+    before, auto = opened[name]
+    special = "".join(token.content for token in before.get_added_tokens_decoder().values())
+    for text in [*ENGLISH_TEXTS, "  two  blanks", "\n\n x\t", "I'm 1234 é 日本 🙂", special, f"a {special}\n"]:
+        assert auto.encode(text) == before.encode(text).ids, text  # a BOS included
+    for text in [*ARABIC_TEXTS, *PLAIN]:
+        ids = before.encode(text, add_special_tokens=False).ids
+        assert auto.decode(auto.encode(text, add_special_tokens=False)) == before.decode(ids), text
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXTS)
+def test_auto_tokenizer_equals_tokenizer_json(opened, written, text):
+    for name, (before, auto) in opened.items():
+        ids = auto.encode(text)
+        assert ids == written[name].encode(text).ids, name
+        if not re.search(r"[\u0600-\u06ff]|<\|", text):  # a new special token is cut otherwise
+            assert ids == before.encode(text).ids, name
+
+
+def test_a_folder_with_both_forms_gives_both(folders):
+    path, extension = folders["both"]
+    after = sentencepiece.SentencePieceProcessor(model_file=str(extension.folder / "tokenizer.model"))
+    form = tokenizers.Tokenizer.from_file(str(extension.folder / "tokenizer.json"))
+    old = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+    old_form = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    assert after.GetPieceSize() == extension.size
+    agreed = [t for t in [*ARABIC_TEXTS, *ENGLISH_TEXTS, *PLAIN] if old.encode(t) == old_form.encode(t).ids]
+    assert len(agreed) > len(ARABIC_TEXTS) and [after.encode(t) for t in agreed] == [form.encode(t).ids for t in agreed]
+
+
+def test_ids_that_only_tokenizer_json_has_are_filled_in_the_model(tmp_path):
+    folder = both_forms(tmp_path / "base")
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    picture = {"id": 600, "content": "<picture>", "single_word": False, "lstrip": False, "rstrip": False}
+    data["added_tokens"].append(picture | {"normalized": False, "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    extension = extend(folder, ARABIC_TEXTS, out_dir=tmp_path / "out", pieces=20)
+    after = sentencepiece.SentencePieceProcessor(model_file=str(extension.folder / "tokenizer.model"))
+    assert extension.base_size == 601 and after.IdToPiece(600) == "<picture>" and after.IsControl(600)
+    assert after.GetPieceSize() == extension.size == 601 + 7 + 20
+
+
 def test_same_arguments_give_the_same_bytes(extension, tmp_path):
     again = extend(BASE, ARABIC_TEXTS, out_dir=tmp_path / "again", pieces=200)
     assert again.fingerprint == extension.fingerprint
@@ -230,6 +232,23 @@ def test_same_arguments_give_the_same_bytes(extension, tmp_path):
     manifest = json.loads((extension.folder / "extension.json").read_text(encoding="utf-8"))
     assert manifest["base_sha256"] == hashlib.sha256(BASE.read_bytes()).hexdigest()
     assert manifest["number_of_pieces"] == 200 and manifest["corpus"]["texts"] == len(ARABIC_TEXTS)
+    choices = {"marks": "keep", "tatweel": "strip", "digits": "separate", "cap": 4_000_000, "longest": 16}
+    assert choices.items() <= manifest["settings"].items()
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama2"])
+def test_an_extension_is_made_again_from_its_manifest(folders, tmp_path, name):
+    path, made = folders[name]
+    again = remake(made.folder, path, ARABIC_TEXTS, out_dir=tmp_path / "again")
+    assert {f.name: f.read_bytes() for f in again.folder.iterdir()} == {
+        f.name: f.read_bytes() for f in made.folder.iterdir()
+    }
+    with pytest.raises(ValueError, match="the texts have SHA-256"):
+        remake(made.folder, path, [*ARABIC_TEXTS, "آخر"], out_dir=tmp_path / "more")
+    other = next(p for n, (p, _) in folders.items() if n not in (name, "pairs"))
+    with pytest.raises(ValueError, match=r"has SHA-256 .*was made from"):
+        remake(made.folder, other, ARABIC_TEXTS, out_dir=tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir()] == ["again"]
 
 
 def test_a_changed_folder_is_noticed(extension, tmp_path):
@@ -243,107 +262,62 @@ def test_a_changed_folder_is_noticed(extension, tmp_path):
         read_extension(tmp_path)
 
 
-def test_marks_and_tatweel_are_kept_or_stripped_for_learning(tmp_path):
-    texts = ["كَتَبَ كَتَبَ كَتَبَ كـتـب كـتـب"] * 2
-    strip = extend(BASE, texts, out_dir=tmp_path / "strip", pieces=3, marks="strip")
-    keep = extend(BASE, texts, out_dir=tmp_path / "keep", pieces=9, marks="keep", tatweel="keep")
-    assert "▁كتب" in strip.pieces and all("\u064e" not in piece for piece in strip.pieces)
-    assert "▁كَتَبَ" in keep.pieces and any("ـ" in piece for piece in keep.pieces)
-
-
-def test_digits_and_punctuation_only_enter_alone(tmp_path):
-    extension = extend(BASE, ["عام ١٩٤٨؛ عام ١٩٤٨؛"] * 3, out_dir=tmp_path / "out", pieces=8)
-    assert {"١", "٩", "٤", "٨", "؛"} <= set(extension.pieces)
-    assert all(len(piece) == 1 or not set(piece) & set("١٩٤٨؛") for piece in extension.pieces)
-    assert all(len(ids) == 2 for p, ids in zip(extension.pieces, extension.replaces, strict=True) if p == "١")
-
-
-def tiny_model(tmp_path, **options):
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
-    settings: dict[str, Any] = {
-        "vocab_size": 300,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "hard_vocab_limit": False,
-    }
-    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.Train(input=str(text), model_prefix=str(tmp_path / "m"), **settings | options)
-    return tmp_path / "m.model"
-
-
 def test_a_base_without_the_blank_in_front(tmp_path):
-    base = tiny_model(tmp_path, add_dummy_prefix=False, user_defined_symbols=["<tab>"])
-    extension = extend(base, ["كتاب كتاب كتب"] * 3, out_dir=tmp_path / "out", pieces=8)
+    base = sentencepiece_model(tmp_path / "base", add_dummy_prefix=False, user_defined_symbols=["<tab>"])
+    extension = extend(base, ["كتاب كتاب كتب كتاب"] * 3, out_dir=tmp_path / "out", pieces=6)
     after = sentencepiece.SentencePieceProcessor(model_file=str(extension.folder / "tokenizer.model"))
     auto = AutoTokenizer.from_pretrained(str(extension.folder))
     for text in ["the fox", " كتاب  كتب the", "كتاب<tab>the"]:
         assert auto.encode(text) == after.encode(text), text
         assert auto.decode(auto.encode(text)) == text
-    assert "▁كتاب" in extension.pieces and {"ك", "ت", "ا", "ب"} <= set(extension.pieces)
-
-
-BAD_BASES = [
-    ({"model_type": "unigram"}, "type is UNIGRAM, expected BPE"),
-    ({"byte_fallback": False}, "no byte fallback"),
-    ({"normalization_rule_name": "nmt_nfkc"}, "rewrites text"),
-    ({"treat_whitespace_as_suffix": True}, "suffixes"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_BASES)
-def test_a_base_that_cannot_be_extended(tmp_path, options, message):
-    if options.get("model_type") == "unigram":
-        options = options | {"vocab_size": 290}
-    with pytest.raises(ValueError, match=message):
-        extend(tiny_model(tmp_path, **options), ["كتاب كتاب"], out_dir=tmp_path / "out", pieces=3)
-    assert not (tmp_path / "out").exists()
+    assert {"▁كتاب", "كتاب"} & set(extension.pieces)
 
 
 FAULTS = [
     ({"texts": []}, "corpus is empty"),
-    ({"texts": ["", "  "]}, "corpus is empty"),
     ({"texts": ["only English", "here"]}, "no Arabic letter"),
+    ({"texts": ["ﻟﻐﺔ ﻟﻐﺔ"]}, "presentation forms"),
     ({"pieces": 100000}, r"100000 pieces were asked for, but the corpus holds \d+"),
-    ({"pieces": 0}, "at least 1"),
+    ({"pieces": 0}, "pieces=0, expected at least 1"),
     ({"texts": ["كتاب", "a\udcff"]}, "text 2, character 1: a lone surrogate"),
     ({"marks": "drop"}, "marks is 'drop', expected 'keep' or 'strip'"),
     ({"special_tokens": ("<s>",)}, "already in the base"),
     ({"special_tokens": ("<|im_end|>", "<|pad|>", "<|pad|>")}, "given twice"),
     ({"pad_token": "<|nothing|>"}, "pad_token is '<|nothing|>', expected one of"),
+    ({"eos_token": "<|nothing|>"}, "eos_token is '<|nothing|>', expected one of"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), FAULTS)
-def test_faults_speak_and_write_nothing(tmp_path, change, message):
+def test_faults_speak_and_write_nothing(folders, tmp_path, change, message):
     arguments = {"texts": ["كتاب كتاب كتاب"], "pieces": 3} | change
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
-        extend(BASE, arguments.pop("texts"), out_dir=tmp_path / "out", **arguments)
+        extend(folders["llama2"][0], arguments.pop("texts"), out_dir=tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_overwritten(tmp_path, monkeypatch):
+def test_nothing_is_overwritten(folders, tmp_path, monkeypatch):
+    base = folders["llama2"][0]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="already exists"):
-        extend(BASE, ["كتاب كتاب"], out_dir=tmp_path / "out", pieces=2)
+        extend(base, iter(lambda: 1 / 0, 1), out_dir=tmp_path / "out", pieces=2)  # and no text is read
     monkeypatch.setattr(extending.folder.os, "fsync", lambda _: 1 / 0)  # as if the disk were full
     with pytest.raises(ZeroDivisionError):
-        extend(BASE, ["كتاب كتاب"], out_dir=tmp_path / "new", pieces=2)
+        extend(base, ["كتاب كتاب"], out_dir=tmp_path / "new", pieces=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_files_that_are_no_model_or_no_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes("جيد\r\n\n".encode() + b"bad \xff\n")
-    texts = read_texts(tmp_path / "a.txt")
-    assert next(texts) == "جيد"
-    with pytest.raises(ValueError, match="line 3, byte 4: 0xff is not UTF-8"):
-        next(texts)
-    with pytest.raises(ValueError, match="cannot be read"):
-        next(read_texts(tmp_path / "none.txt"))
-    for base, message in [
-        (tmp_path / "a.txt", "not a SentencePiece model"),
-        (tmp_path / "none.model", "cannot be read"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            extend(base, ["كتاب"], out_dir=tmp_path / "out")
+def test_the_command(tmp_path, capsys, folders):
+    (tmp_path / "ar.txt").write_text("\n".join(ARABIC_TEXTS), encoding="utf-8")
+    path, _ = folders["qwen"]
+    options = ["--base", str(path), "--text", str(tmp_path / "ar.txt"), "--pieces", "30"]
+    main([*options, "--out", str(tmp_path / "out"), "--marks", "strip"])
+    extension = read_extension(tmp_path / "out")
+    assert f"30 pieces behind {extension.base_size} ids" in capsys.readouterr().out
+    same = extend(path, ARABIC_TEXTS, out_dir=tmp_path / "same", pieces=30, marks="strip")
+    assert same.fingerprint == extension.fingerprint
+    with pytest.raises(SystemExit, match="error: .* already exists"):
+        main([*options, "--out", str(tmp_path / "out")])
+    command = [sys.executable, "-m", "ain_jax.tokenizer.extend", "--help"]
+    assert "--odd-share" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
