@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -23,11 +24,11 @@ def random_params(config, dtype=np.float32):
 
 
 @pytest.fixture
-def tokenizer_dir(tmp_path):
+def tokenizer_dir(tokenizer_folder, tmp_path):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_text(name)
+        shutil.copyfile(tokenizer_folder / name, folder / name)
     (folder / "notes.txt").write_text("stays at home")
     return folder
 
@@ -194,3 +195,11 @@ def test_what_does_not_fit_together_is_not_exported(tmp_path, tokenizer_dir):
     mixed["model"]["norm"]["weight"] = mixed["model"]["norm"]["weight"].astype(np.float16)
     with pytest.raises(ValueError, match="weights of several dtypes, float16, float32"):
         write_weights(mixed, config, tmp_path)
+
+
+def test_a_tokenizer_that_transformers_would_open_as_another_is_refused(tokenizer_dir, tmp_path):
+    """transformers 5 takes Qwen2Tokenizer for any text model of that family, whatever the folder says."""
+    config = dataclasses.replace(ModelConfig(tiny(mrope_section=None).text), family="qwen2")
+    with pytest.raises(ValueError, match=r"Qwen2Tokenizer\) cuts .* only be written with its family's own kind"):
+        export_folder(random_params(config), config, tokenizer_dir, None, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
