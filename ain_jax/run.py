@@ -80,10 +80,11 @@ def main(
             raise ExperimentError(
                 f"--stage {asked.stage!r}: {resolved.experiment.name} has no such stage: {nearest(asked.stage, known)}"
             )
+        root = asked.run_dir or Path("runs") / resolved.experiment.name
+        _check_stages(resolved, root)
         if asked.dry_run:
             print(resolved.text(), end="")
             return 0
-        root = asked.run_dir or Path("runs") / resolved.experiment.name
         with _alone(root):
             return run(resolved, root, asked.stage)
     except KeyboardInterrupt as stop:
@@ -93,6 +94,20 @@ def main(
     except (ValueError, FloatingPointError, OSError) as fault:
         print(f"\nain_jax: {fault}", file=sys.stderr)
         return 1
+
+
+def _check_stages(resolved: Resolved, root: Path) -> None:
+    """Refuse settings that a later stage would stop at, all at once and before the first one runs."""
+    from ain_jax.stages import registry
+
+    faults = []
+    for stage in resolved.experiment.stages:
+        try:
+            registry.CHECK[resolved.experiment.kind(stage)](registry.StageRun(resolved, root, stage))
+        except ValueError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise ExperimentError("\n".join(dict.fromkeys(faults)))
 
 
 def run(resolved: Resolved, root: Path, only: str | None = None) -> int:

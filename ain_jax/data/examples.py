@@ -190,11 +190,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """The ids of each text, the beginning token first; a text of its own language model has nothing else around it."""
+def first_token(tokenizer: Any) -> int:
+    """The id that opens a document: the beginning token, or the end token where there is none."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise ValueError("the tokenizer has neither a beginning nor an end token; one of them must open a document")
+    return first
+
+
+def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    """The ids of each text, the beginning token first; a text of its own language model has nothing else around it."""
+    first = first_token(tokenizer)
     return [np.concatenate([[first], ids]).astype(np.int32) for ids in chat.encode_texts(tokenizer, texts)]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ain_jax import sample, sharding
 from ain_jax.data import formats, loader, pack_plan
@@ -25,15 +26,18 @@ from ain_jax.models import lora
 from ain_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from ain_jax.models.lora import Lora
 from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
-from ain_jax.tokenizer import chat
+from ain_jax.tokenizer import chat, schedule
+from ain_jax.tokenizer import folder as tokenizer_files
 from ain_jax.tokenizer.extend import padded_vocab
-from ain_jax.train import checkpoint, metrics, optimizer, state, step
-from ain_jax.train.loop import Trainer, train
-from ain_jax.train.losses import Loss
+from ain_jax.tokenizer.lengths import token_bytes
+from ain_jax.tokenizer.schedule import Vocabulary
+from ain_jax.train import checkpoint, rows
+from ain_jax.train.loop import Trainer
 from ain_jax.train.optimizer import Optimizer
-from ain_jax.weights import load
+from ain_jax.weights import embeddings, load
 
 EXTEND = "extend_tokenizer"
+NEW_ROWS = "new_rows.npz"  # beside the tokenizer: the rows of its new pieces before any step
 
 T = TypeVar("T")
 
@@ -42,7 +46,8 @@ T = TypeVar("T")
 class Model:
     """The model: a published folder, whose sizes, weights, tokenizer and image settings are taken, or sizes.
 
-    Of sizes a Qwen2-VL is made; ids and the number of rows come from the extended tokenizer.
+    Of sizes a Qwen2-VL is made; ids and the number of rows come from the extended tokenizer. With the stage
+    extend_tokenizer a published model's rows grow by its new pieces: into its spare rows first, then by a multiple.
     """
 
     folder: str = ""  # as transformers saves it
@@ -62,7 +67,7 @@ class Model:
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
-        sizes = [f for f in dataclasses.fields(self) if f.name not in ("folder", "remat")]
+        sizes = [f for f in dataclasses.fields(self) if f.name not in ("folder", "remat", "vocabulary_multiple")]
         if self.folder:
             given = [f.name for f in sizes if getattr(self, f.name) != f.default]
             if given:
@@ -118,26 +123,31 @@ class StageRun:
     def base(self) -> Path | None:
         """The published folder that the model is taken from, or None."""
         folder = self.get(Model).folder
-        if folder and EXTEND in self.resolved.experiment.stages:
-            raise ValueError(
-                f"Model.folder = {folder!r} has a tokenizer of its own, and its rows do not grow yet: "
-                f"take {EXTEND} out of Experiment.stages"
-            )
         return Path(folder) if folder else None
+
+    @property
+    def extended(self) -> bool:
+        """Whether this run extends its tokenizer."""
+        return EXTEND in [self.resolved.experiment.kind(stage) for stage in self.resolved.experiment.stages]
 
     @property
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer lies: the extended one of this run, or that of the published model."""
-        folder = self.base or self.root / EXTEND / "tokenizer"
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not there" + ("" if self.base else f" yet: run the stage {EXTEND} first"))
-        return folder
+        if self.extended or self.base is None:
+            folder = self.root / EXTEND / "tokenizer"
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is not there yet: run the stage {EXTEND} first")
+            return folder
+        if not self.base.is_dir():
+            raise ValueError(f"Model.folder = {str(self.base)!r} is not there: give the folder of a published model")
+        return self.base
 
     @functools.cached_property
     def config(self) -> ModelConfig:
         """The model's sizes, joined with the tokenizer's ids."""
         if self.base:
-            return load.load_config(self.base)
+            config = load.load_config(self.base)
+            return self._grown(config) if self.extended else config
         m, images = self.get(Model), self.get(ImageSettings)
         ids: dict[str, Any] = {
             f"{name}_token_id": self.token(f"<|{token}|>")
@@ -175,6 +185,22 @@ class StageRun:
         )
         return ModelConfig(text, vision, bos_token_id=self.tokenizer.bos_token_id, **ids)
 
+    def _grown(self, config: ModelConfig) -> ModelConfig:
+        """The published model's config with rows for the new ids, and the end and padding ids of its new template."""
+        multiple = self.get(Model).vocabulary_multiple
+        rows = embeddings.padded_rows(config.text.vocabulary, self.extension.size, multiple)
+        ids: dict[str, Any] = {}
+        if self.extension.special_tokens:
+            for name in ("eos_token_id", "pad_token_id"):
+                index = getattr(self.tokenizer, name)
+                ids |= {} if index is None else {name: index}
+        return dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=rows), **ids)
+
+    @functools.cached_property
+    def extension(self) -> tokenizer_files.Extension:
+        """The pieces that this run's tokenizer gained."""
+        return tokenizer_files.read_extension(self.tokenizer_folder)
+
     @functools.cached_property
     def images(self) -> ImageSettings:
         """How pictures are cut: as the published model's processor does, else as the experiment says."""
@@ -184,6 +210,11 @@ class StageRun:
         if not isinstance(settings, ImageSettings):
             raise ValueError(f"{self.base}: training a {self.config.family} with pictures is not supported yet")
         return settings
+
+    @functools.cached_property
+    def token_bytes_V(self) -> np.ndarray:
+        """How many bytes of text each id stands for."""
+        return token_bytes(self.tokenizer, self.config.text.vocabulary)
 
     @functools.cached_property
     def model(self) -> MultimodalModel:
@@ -210,22 +241,34 @@ class StageRun:
         builder = sample_builder.build(kind, self.root / "data", params)
         return sample_builder.records(builder, split), sample_builder.fingerprint(params)
 
-    def examples(self, name: str, split: str = "train", packing: Packing | None = None) -> Examples:
-        """The tokenised examples of a source named as in a mixture: "read", or "documents/ar" for one language."""
+    def examples(
+        self, name: str, split: str = "train", packing: Packing | None = None, part: int | None = None
+    ) -> Examples:
+        """The tokenised examples of a source named as in a mixture: "read", or a part of it.
+
+        A part is a language, "documents/ar", or of preference pairs a kind, "preference/neighbour_answer". Where the
+        vocabulary grows, each `part` of the stage has a share of the records of its own, cut by its own tokenizer.
+        """
         packing = packing or self.get(Packing)
-        kind, language = source_parts(name)
+        kind, label = source_parts(name)
         records, mark = self.records(kind, split)
-        if language:
-            present = sorted({r.language for r in records})
-            kept = [r for r in records if r.language == language]
+        if label:
+            of = lambda record: record.kind if record.rejected else record.language
+            kept = [r for r in records if of(r) == label]
             if not kept:
-                raise ValueError(f"source {name!r}: no record in {language!r}; {kind} has {', '.join(present)}")
+                present = ", ".join(sorted({of(r) for r in records}))
+                raise ValueError(f"source {name!r}: no record of {label!r}; {kind} has {present}")
             records = kept
-        images = self._pictures(packing)
-        label = Path(name).stem if name.endswith(".jsonl") else kind
-        mark = "/".join((mark, split, name))
-        cache = self.root / "data" / "tokenised"
-        return tokenise(records, label, self.tokenizer, images, packing.row_tokens, mark, cache)
+        tokenizer, mark = self.tokenizer, "/".join((mark, split, name))
+        if part is not None:
+            vocabulary = self.get(Vocabulary)
+            pieces = vocabulary.sizes(len(self.extension.pieces))[part]
+            tokenizer = schedule.shorter(tokenizer, self.extension, pieces)
+            records = [records[i] for i in range(part, len(records), vocabulary.parts)]
+            mark += f"@{part}/{vocabulary.parts}"
+        images, cache = self._pictures(packing), self.root / "data" / "tokenised"
+        kind = Path(name).stem if name.endswith(".jsonl") else kind
+        return tokenise(records, kind, tokenizer, images, packing.row_tokens, mark, cache)
 
     def _pictures(self, packing: Packing) -> ImageSettings | None:
         if packing.row_patches and self.config.vision is None:
@@ -252,22 +295,51 @@ class StageRun:
 
     def training_rows(self, pairs: bool = False) -> loader.Rows:
         """The rows of this stage's mixture, as many as its steps take."""
-        mixture, trainer = self.get(Mixture), self.get(Trainer)
-        sources = {name: self.examples(name) for name in mixture.weights}
+        mixture, trainer, vocabulary = self.get(Mixture), self.get(Trainer), self.get(Vocabulary)
+        sources = {name: self.examples(name) for name in mixture.weights} if vocabulary.parts == 1 else {}
+        if vocabulary.parts > 1:
+            parts = range(vocabulary.parts)
+            sources = {f"{name}@{part}": self.examples(name, part=part) for part in parts for name in mixture.weights}
+            alone = {
+                f"{name}@{part}": tuple(float(weight) if p == part else 0.0 for p in parts)
+                for part in parts
+                for name, weight in mixture.phase_weights(0).items()
+            }
+            shares = tuple(float(steps) for steps in vocabulary.steps(trainer.steps))
+            mixture = dataclasses.replace(mixture, weights=alone, phases=shares)
         return self.rows(sources, mixture, trainer.steps * trainer.rows, "pack_plan", pairs)
 
-    def batches(self, rows: loader.Rows, rows_per_batch: int, start: int = 0):
+    def batches(self, data: loader.Rows, rows_per_batch: int, start: int = 0):
         """(batch, tokens) from a step onwards, laid over the devices of the mesh."""
-        return loader.batches(rows, rows_per_batch, sharding.rows(self.mesh), start)
+        return loader.batches(data, rows_per_batch, sharding.rows(self.mesh), start)
 
     def layout(self) -> Any:
         """Shapes and shardings of the parameters."""
         return sharding.layout(axis_names(self.config), abstract_params(self.config), self.mesh)
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether this stage saves the parameters, and not a part that stands beside them."""
+        return not self.get(Lora).rank and self.get(Optimizer).rows == "all"
+
+    @property
+    def _whole(self) -> jax.sharding.NamedSharding:
+        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+    @property
+    def new_rows(self) -> tuple[int, int]:
+        """The first row of the tokenizer's extension, special tokens among it, and how many there are."""
+        return self.extension.base_size, self.extension.size - self.extension.base_size
+
     def initial_params(self) -> Any:
         """The parameters before any stage: the published model's, or random ones, the same for every stage."""
-        if self.base:
+        if self.base and not self.extended:
             return load.load_params(self.base, self.config, jnp.float32, self.mesh)
+        if self.base:
+            published = load.load_params(self.base, load.load_config(self.base), jnp.float32, self.mesh)
+            made = embeddings.load_rows(self.root / EXTEND / NEW_ROWS)
+            grown = embeddings.grow_tables(published, made, self.new_rows[0], self.config.text.vocabulary)
+            return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), grown, self.layout())
         key = jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
         drawn = init_params(self.config, key)
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), drawn, self.layout())
@@ -283,17 +355,24 @@ class StageRun:
         return checkpoint.load_params(self.root / stage / "checkpoints", self.of(stage).initial_adapters(), step)
 
     def trained_params(self, stage: str, step: int | None = None) -> Any:
-        """The parameters that a stage ended with, or had at a step whose checkpoint is kept; adapters merged."""
-        run = self.of(stage)
-        if not run.get(Lora).rank:
-            return checkpoint.load_params(self.root / stage / "checkpoints", self.layout(), step)
-        merged = lora.merge(run.starting_params(), self.trained_adapters(stage, step), run.get(Lora))
-        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), merged, self.layout())
+        """The parameters that a stage ended with, or had at a step whose checkpoint is kept; its parts put in."""
+        run, folder = self.of(stage), self.root / stage / "checkpoints"
+        if run.trains_all:
+            return checkpoint.load_params(folder, self.layout(), step)
+        if run.get(Lora).rank:
+            whole = lora.merge(run.starting_params(), self.trained_adapters(stage, step), run.get(Lora))
+        else:
+            first, count = run.new_rows
+            abstract = jax.eval_shape(lambda params: rows.take(params, first, count), self.layout())
+            # whole on every device: so many rows need not divide by the mesh's axes
+            like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._whole), abstract)
+            whole = rows.put(run.starting_params(), checkpoint.load_params(folder, like, step), first)
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), whole, self.layout())
 
     @contextmanager
     def exported_params(self, stage: str, step: int | None = None) -> Iterator[Any]:
-        """As `trained_params`, to be read one by one where nothing has to be merged."""
-        if self.of(stage).get(Lora).rank:
+        """As `trained_params`, to be read one by one where nothing has to be put in."""
+        if not self.of(stage).trains_all:
             yield self.trained_params(stage, step)
             return
         with checkpoint.opened(self.root / stage / "checkpoints", step) as (checkpoints, found):
@@ -302,83 +381,17 @@ class StageRun:
     def starting_params(self) -> Any:
         """The parameters that this stage begins with."""
         stage = self.get(Start).stage
-        if not stage:
-            return self.initial_params()
-        stages = self.resolved.experiment.stages
-        if stage not in stages or stages.index(stage) >= stages.index(self.stage):
-            raise ValueError(
-                f"{self.stage}/Start.stage = {stage!r}: expected one of the stages before it, "
-                f'{", ".join(stages[: stages.index(self.stage)])}, or "" for the weights of Model'
-            )
-        return self.trained_params(stage)
+        return self.trained_params(stage) if stage else self.initial_params()
 
-    def marks(self, rows: loader.Rows) -> dict[str, str]:
+    def marks(self, data: loader.Rows) -> dict[str, str]:
         """What must not change between a checkpoint and the run that goes on from it."""
-        return {"pack_plan": rows.plan.fingerprint, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
-
-
-def fit(run: StageRun, params: Any, loss: Loss, rows: loader.Rows) -> dict[str, Any]:
-    """Train `params` on `rows` to the last step, from the newest checkpoint if there is one; what it came to.
-
-    With `Lora.rank` the parameters stay, and what is trained and saved are the pairs beside them.
-    """
-    trainer, settings, adapted = run.get(Trainer), run.get(Optimizer), run.get(Lora)
-    with jax.set_mesh(run.mesh):
-        trained, frozen, aim = params, {}, loss
-        if adapted.rank:
-            if settings.matrix_rate:
-                raise ValueError(
-                    f"{run.stage}/Optimizer.matrix_rate = {settings.matrix_rate} is for whole matrices, not for the "
-                    f"pairs of Lora.rank = {adapted.rank}: set it to 0"
-                )
-            trained, frozen = run.initial_adapters(), params
-            aim = lambda pairs, base, *rest: loss(base, {"lora": lora.scaled(pairs, adapted)}, *rest)
-        rates = optimizer.rate_tree(trained, settings.rates)
-        transform = optimizer.make(settings, trained, trainer.steps)
-        update = step.make_update(aim, transform, rates, trainer.accumulate)
-        checkpoints = checkpoint.Checkpoints(run.folder / "checkpoints", trainer.keep)
-        try:
-            train(
-                update=update,
-                state=state.create(trained, transform),
-                frozen=frozen,
-                batches=lambda start: run.batches(rows, trainer.rows, start),
-                trainer=trainer,
-                key=jax.random.key(run.seed("training")),
-                checkpoints=checkpoints,
-                marks=run.marks(rows),
-                groups=rows.groups,
-                log=lambda start: metrics.Log(run.folder, run.stage, trainer.steps, start, rows.plan.filled),
-            )
-        finally:
-            checkpoints.close()
-    return training_numbers(run.folder / "metrics.jsonl", rows)
-
-
-def training_numbers(path: Path, rows: loader.Rows, window: int = 20) -> dict[str, Any]:
-    """Means over the first and the last `window` steps of each number of a stage, and how full its rows were."""
-    lines = metrics.read(path)
-    names = sorted({k for line in lines for k in line} - {"step", "filled", *metrics.TIMES})
-
-    def mean(part: Sequence[Mapping[str, Any]], name: str) -> float | None:
-        values = [line[name] for line in part if name in line]
-        return round(sum(values) / len(values), 4) if values else None
-
-    return {
-        "steps": len(lines),
-        "first": {name: mean(lines[:window], name) for name in names},
-        "last": {name: mean(lines[-window:], name) for name in names},
-        "slots_filled": round(rows.plan.filled, 4),
-        "slots_filled_at_best": round(rows.plan.best, 4),
-        "patches_filled": round(rows.plan.patches_filled, 4),
-        "plan": rows.plan.fingerprint,
-    }
+        return {"pack_plan": data.plan.fingerprint, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
 
 
 def source_parts(name: str) -> tuple[str, str]:
-    """Kind and language of a source: "documents/ar" is ("documents", "ar"); a file has no part ("")."""
-    kind, _, language = (name, "", "") if name.endswith(".jsonl") else name.partition("/")
-    return kind, language
+    """Kind and part of a source: "documents/ar" is ("documents", "ar"); a file has no part ("")."""
+    kind, _, part = (name, "", "") if name.endswith(".jsonl") else name.partition("/")
+    return kind, part
 
 
 def sample_path(path: str) -> Path:

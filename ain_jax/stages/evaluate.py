@@ -16,6 +16,7 @@ from ain_jax.data.packing import Packing
 from ain_jax.evaluate import likelihood, ngram, scores
 from ain_jax.generate import Prompt, generate, prompt_with_images
 from ain_jax.stages import common
+from ain_jax.stages.common import Start
 from ain_jax.tokenizer import chat
 
 UNTRAINED = "untrained"
@@ -36,12 +37,21 @@ class Evaluation:
     shown: int = 12  # answers of each kind kept with their pictures for the report
 
 
+def check(stage: common.StageRun) -> None:
+    """Refuse, before anything runs, models that no stage trains."""
+    training = [name for name in stage.resolved.experiment.stages if Start.__name__ in stage.resolved.stage(name)]
+    for name in _models(stage.get(Evaluation)):
+        if name != UNTRAINED and name not in training:
+            raise ValueError(f"Evaluation names {name!r}: expected {UNTRAINED}, or a stage that trains: {training}")
+
+
+def _models(settings: Evaluation) -> list[str]:
+    return list(dict.fromkeys((*settings.texts_of, *settings.answers_of, *settings.pairs_of)))
+
+
 def run(stage: common.StageRun) -> dict[str, Any]:
     settings = stage.get(Evaluation)
-    models = list(dict.fromkeys((*settings.texts_of, *settings.answers_of, *settings.pairs_of)))
-    unknown = [m for m in models if m != UNTRAINED and m not in stage.resolved.experiment.stages]
-    if unknown:
-        raise ValueError(f"Evaluation names the stage {unknown[0]!r}, which Experiment.stages does not hold")
+    models = _models(settings)
     bar = tqdm(total=len(models) + 1, desc=f"{stage.stage:16}", unit="model", dynamic_ncols=True)
     with jax.set_mesh(stage.mesh):
         results: dict[str, Any] = {}

@@ -41,18 +41,28 @@ def run(stage: common.StageRun) -> dict[str, Any]:
     return {"folder": settings.folder, "files": {p.name: p.stat().st_size for p in files}}
 
 
+def check(stage: common.StageRun) -> None:
+    """Refuse, before anything runs, what this stage could not write."""
+    settings = stage.get(Export)
+    _refuse(stage, settings.stage, settings.merge_lora)
+
+
+def _refuse(stage: common.StageRun, trained: str, merge_lora: bool) -> None:
+    training = [name for name in stage.resolved.experiment.stages if Lora.__name__ in stage.resolved.stage(name)]
+    if trained not in training:
+        raise ValueError(f"stage {trained!r} trains no weights: expected one of {', '.join(training)}")
+    if merge_lora and not stage.of(trained).get(Lora).rank:
+        raise ValueError(f"merge_lora: the stage {trained} trains the whole weights, no adapters; leave it out")
+
+
 def write(stage: common.StageRun, trained: str, step: int | None, place: Path, merge_lora: bool) -> None:
     """Export what the stage `trained` had at a step, or at its newest checkpoint.
 
     Memory holds one parameter at a time, the layers that are stacked in it together; with adapters merged, all of them.
     """
     settings, experiment = stage.get(Export), stage.resolved.experiment
-    training = [name for name in experiment.stages if Lora.__name__ in stage.resolved.stage(name)]
-    if trained not in training:
-        raise ValueError(f"stage {trained!r} trains no weights: expected one of {', '.join(training)}")
+    _refuse(stage, trained, merge_lora)
     adapted = stage.of(trained).get(Lora)
-    if merge_lora and not adapted.rank:
-        raise ValueError(f"merge_lora: the stage {trained} trains the whole weights, no adapters; leave it out")
     if adapted.rank and not merge_lora:
         pairs, fingerprint = stage.trained_adapters(trained, step), tokenizer_fingerprint(stage.tokenizer)
         # What lies under an earlier stage's weights has no name that PEFT could open.

@@ -1,33 +1,73 @@
-"""Vocabulary extension: pieces of the new language learnt, appended, audited, measured (ALLaM, section 3.1)."""
+"""Vocabulary extension: pieces of the new language learnt, appended, audited, measured (ALLaM, section 3.1).
+
+Where the model is a published folder, the rows of the new pieces are made here too, and measured before any step.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
+import tokenizers
 from tqdm import tqdm
 
+from ain_jax.data import examples
 from ain_jax.stages import common
-from ain_jax.tokenizer import audit, chat, extend, folder, inspect
+from ain_jax.tokenizer import audit, base, chat, extend, folder, inspect
+from ain_jax.weights import embeddings, load, rows_report
+from ain_jax.weights.embeddings import Embeddings
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """The base to extend, and what with."""
 
-    base: str  # a SentencePiece model; "sample:..." lies in the package's sample
+    # A folder, a tokenizer.json or a SentencePiece model; "sample:..." lies in the package's sample. "" takes the
+    # tokenizer of Model.folder.
+    base: str = ""
     pieces: int = 2000  # new ids
     learn_from: tuple[str, ...] = ("documents/ar",)  # sources of the text that pieces are learnt from
+    keep: tuple[str, ...] = ("documents/en",)  # sources in languages that the model knows
     measure: tuple[str, ...] = ("documents/ar", "documents/en")  # sources whose test split is measured
     marks: Literal["keep", "strip"] = "keep"  # vowel marks while learning
     tatweel: Literal["keep", "strip"] = "strip"
+    digits: Literal["separate", "join"] = "separate"
+    min_count: int = 2  # occurrences below which nothing is learnt
+    longest: int = 16  # characters in a new piece
+    changed_share: float = 0.0  # of the measured texts without a new character, that may be cut otherwise
+
+
+def check(stage: common.StageRun) -> None:
+    """Refuse, before anything runs, a base that is not there, or two of them."""
+    _base(stage)
+
+
+def _base(stage: common.StageRun) -> Path:
+    """The tokenizer to extend."""
+    settings = stage.get(Tokenizer)
+    if stage.base is not None:
+        if settings.base:
+            raise ValueError(
+                f"Tokenizer.base = {settings.base!r} beside Model.folder = {str(stage.base)!r}: a published model "
+                "reads with its own tokenizer; leave Tokenizer.base out"
+            )
+        if not stage.base.is_dir():
+            raise ValueError(f"Model.folder = {str(stage.base)!r} is not there: give the folder of a published model")
+        return stage.base
+    path = common.sample_path(settings.base)
+    if not settings.base or not path.exists():
+        raise ValueError(
+            f"Tokenizer.base = {settings.base!r}: no such file or folder ({path}); give a folder, a tokenizer.json or "
+            "a SentencePiece model"
+        )
+    return path
 
 
 def run(stage: common.StageRun) -> dict[str, Any]:
     settings = stage.get(Tokenizer)
-    base = common.sample_path(settings.base)
-    if not base.is_file():
-        raise ValueError(f"Tokenizer.base = {settings.base!r}: no such file ({base}); give a SentencePiece model")
-    bar = tqdm(total=4, desc=f"{stage.stage:16}", unit="part", dynamic_ncols=True)
+    start = _base(stage)
+    bar = tqdm(total=5, desc=f"{stage.stage:16}", unit="part", dynamic_ncols=True)
     texts = [text for source in settings.learn_from for text in _texts(stage, source, "train")]
     held_out = {source.rpartition("/")[2]: _texts(stage, source, "test") for source in settings.measure}
     bar.update()
@@ -35,15 +75,16 @@ def run(stage: common.StageRun) -> dict[str, Any]:
     if place.exists():  # of a run that was stopped between this line and its result
         extension = folder.read_extension(place)
     else:
-        extension = extend.extend(
-            base, texts, out_dir=place, pieces=settings.pieces, marks=settings.marks, tatweel=settings.tatweel
-        )
+        how = {name: getattr(settings, name) for name in ("marks", "tatweel", "digits", "min_count", "longest")}
+        extension = extend.extend(start, texts, out_dir=place, pieces=settings.pieces, progress=False, **how)
     bar.update()
-    report = audit.audit(base, place, held_out)
+    report = audit.audit(start, place, held_out, changed_share=settings.changed_share)
     report.raise_if_failed()
     bar.update()
-    before = inspect.fertility(folder.processor(folder.read_model(base)), held_out)
+    before = inspect.fertility(base.open_base(start).backend, held_out)
     after = inspect.fertility(chat.load_tokenizer(place), held_out)
+    bar.update()
+    made = _rows(stage, extension, texts, held_out) if stage.base else {}
     bar.update()
     bar.close()
     for line in inspect.table(before, after):
@@ -56,7 +97,37 @@ def run(stage: common.StageRun) -> dict[str, Any]:
         "fertility": {
             b.language: {"before": _numbers(b), "after": _numbers(a)} for b, a in zip(before, after, strict=True)
         },
+        **made,
     }
+
+
+def _rows(
+    stage: common.StageRun, extension: folder.Extension, texts: Sequence[str], held_out: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The rows of the new pieces, written beside the tokenizer; what they are like and cost before any step."""
+    assert stage.base is not None
+    settings = stage.get(Embeddings)
+    config = load.load_config(stage.base)
+    params = load.load_params(stage.base, config, jnp.float32, stage.mesh)
+    kept = [text for source in stage.get(Tokenizer).keep for text in _texts(stage, source, "train")]
+    old, new = (
+        base.open_base(stage.base).backend,
+        tokenizers.Tokenizer.from_file(str(extension.folder / "tokenizer.json")),
+    )
+    first_token = examples.first_token(stage.tokenizer)
+    corpus = embeddings.Corpus(old, new, texts, kept, first_token)
+    spelt = embeddings.replaced(extension)
+    path = stage.folder / common.NEW_ROWS
+    if not path.is_file():
+        embeddings.save_rows(path, embeddings.make_rows(params, config, extension.base_size, spelt, settings, corpus))
+    grown = embeddings.grow_tables(
+        params, embeddings.load_rows(path), extension.base_size, stage.config.text.vocabulary
+    )
+    parts = rows_report.cut_alike(old, new, held_out, first_token)
+    before = rows_report.losses(params, config, parts, extended=False)
+    reports = {settings.method: rows_report.report(grown, stage.config, extension.base_size, len(spelt), parts)}
+    print(rows_report.table(before, reports))
+    return {"rows": rows_report.as_json(before, reports)}
 
 
 def _texts(stage: common.StageRun, source: str, split: str) -> Sequence[str]:

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from ain_jax.stages import common
+from ain_jax.stages import common, training
 from ain_jax.train import losses, reference
 from ain_jax.train.loop import Trainer
 
@@ -29,4 +29,4 @@ def run(stage: common.StageRun) -> dict:
         rows = reference.with_reference(rows, stage.model, params, batches, stage.folder / "reference.npz")
     settings = stage.get(Preference)
     loss = losses.preference(stage.model, len(rows.groups), settings.beta, settings.sft)
-    return common.fit(stage, params, loss, rows)
+    return training.fit(stage, params, loss, rows)

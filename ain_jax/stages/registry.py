@@ -9,26 +9,37 @@ from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
 from ain_jax.models.lora import Lora
 from ain_jax.sharding import Mesh
-from ain_jax.stages import evaluate, export, extend_tokenizer, instruct, prefer, pretrain
+from ain_jax.stages import evaluate, export, extend_tokenizer, instruct, prefer, pretrain, training
 from ain_jax.stages.common import Model, StageRun, Start
 from ain_jax.stages.evaluate import Evaluation
 from ain_jax.stages.export import Export
 from ain_jax.stages.extend_tokenizer import Tokenizer
 from ain_jax.stages.prefer import Preference
+from ain_jax.tokenizer.schedule import Vocabulary
 from ain_jax.train.loop import Trainer
 from ain_jax.train.losses import NextToken
 from ain_jax.train.optimizer import Optimizer
+from ain_jax.weights.embeddings import Embeddings
 
 _MODEL = (SampleParams, Packing, ImageSettings, Model, Mesh)
-_TRAINING = (*_MODEL, Mixture, Start, Lora, Optimizer, Trainer)
+_TRAINING = (*_MODEL, Mixture, Vocabulary, Start, Lora, Optimizer, Trainer)
 
 SETTINGS: Mapping[str, tuple[type, ...]] = {
-    "extend_tokenizer": (Tokenizer, SampleParams),
+    "extend_tokenizer": (Tokenizer, Embeddings, SampleParams, Model, Mesh),
     "pretrain": (*_TRAINING, NextToken),
     "instruct": (*_TRAINING, NextToken),
     "prefer": (*_TRAINING, Preference),
     "evaluate": (Evaluation, *_MODEL),
     "export": (Export, ImageSettings, Model, Mesh),
+}
+
+CHECK: Mapping[str, Callable[[StageRun], None]] = {
+    "extend_tokenizer": extend_tokenizer.check,
+    "pretrain": training.check,
+    "instruct": training.check,
+    "prefer": training.check,
+    "evaluate": evaluate.check,
+    "export": export.check,
 }
 
 RUN: Mapping[str, Callable[[StageRun], dict[str, Any]]] = {

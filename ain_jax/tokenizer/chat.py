@@ -80,9 +80,10 @@ def load_tokenizer(folder: str | Path) -> Any:
         theirs = tokenizer.encode(text, add_special_tokens=False)
         if ours != theirs:
             raise ValueError(
-                f"{folder}: AutoTokenizer ({type(tokenizer).__name__}) cuts {text!r} into {theirs}, "
-                f"tokenizer.json into {ours}; in tokenizer_config.json, "
-                "tokenizer_class must be PreTrainedTokenizerFast"
+                f"{folder}: AutoTokenizer ({type(tokenizer).__name__}) cuts {text!r} into {theirs}, tokenizer.json "
+                f"into {ours}. In tokenizer_config.json tokenizer_class must be PreTrainedTokenizerFast; where it is, "
+                "transformers takes the class of the model's family for any tokenizer: such a model can only be "
+                "written with its family's own kind of tokenizer"
             )
     return tokenizer
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -50,8 +51,11 @@ def train(
     marks: Mapping[str, str],
     groups: Sequence[str],
     log: Callable[[int], Log],
+    changes: Mapping[int, Callable[[TrainState], TrainState]] = MappingProxyType({}),
 ) -> TrainState:
     """The state after the last step. `batches(step)` yields (batch, its count of tokens) from a step onwards.
+
+    `changes` says what is done to the state before a step, counted from 1: rows of a vocabulary that begin there.
 
     The numbers of a step are fetched after the next one has been dispatched, so that the device never waits for
     the host. Where a checkpoint exists, the run goes on from it.
@@ -83,6 +87,8 @@ def train(
             stream = batches(start)
             for step in range(start + 1, trainer.steps + 1):
                 batch, tokens = next(stream)
+                if step in changes:
+                    state = changes[step](state)
                 state, sums, norm = update(state, frozen, batch, key)
                 if pending is not None:
                     write(pending)

@@ -6,12 +6,14 @@ once, by the global count, in `step.py`: so accumulation, packing and the number
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ain_jax.data.batch import Batch, PairBatch
 
@@ -106,8 +108,11 @@ def group_sums(values: jax.Array, weights: jax.Array, groups: jax.Array, count: 
     return sums, jax.ops.segment_sum(weights.reshape(-1), flat, count)
 
 
-def next_token(model: Any, groups: int, settings: NextToken = PLAIN) -> Loss:
+def next_token(model: Any, groups: int, settings: NextToken = PLAIN, token_bytes_V: np.ndarray | None = None) -> Loss:
     """Cross-entropy of the learnt tokens, in nats; reported by group as `loss` and `accuracy`.
+
+    With the bytes that each id stands for, `bits_per_byte` is reported beside them: it compares runs whose tokenizers
+    differ, as nats per token do not.
 
     Label smoothing (arXiv 1512.00567, section 7) gives a share of each target to the whole vocabulary evenly. In a
     large vocabulary most pieces never occur in a small corpus; the share keeps them unlikely rather than impossible.
@@ -122,6 +127,11 @@ def next_token(model: Any, groups: int, settings: NextToken = PLAIN) -> Loss:
             "loss": group_sums(-log_probs_BC, weights_BC, batch.target_groups_BC, groups),
             "accuracy": group_sums(correct_BC.astype(jnp.float32), weights_BC, batch.target_groups_BC, groups),
         }
+        if token_bytes_V is not None:
+            bits = group_sums(-log_probs_BC / math.log(2), weights_BC, batch.target_groups_BC, groups)
+            bytes_BC = jnp.asarray(token_bytes_V)[batch.targets_BC].astype(jnp.float32)
+            size = group_sums(bytes_BC, weights_BC, batch.target_groups_BC, groups)
+            parts["bits_per_byte"] = (bits[0], size[0])
         aims_BC = log_probs_BC
         if settings.label_smoothing:
             aims_BC += settings.label_smoothing * (mean_BC - log_probs_BC)

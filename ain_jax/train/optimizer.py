@@ -36,6 +36,9 @@ class Optimizer:
     eps: float = 1e-8
     clip: float = 1.0  # global norm of the gradient; 0 does not clip
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # "new": the rows of an extension's new pieces learn, in the embedding and in a head of its own, and nothing else;
+    # Adam's moments are kept for them alone.
+    rows: Literal["all", "new"] = "all"
 
     def __post_init__(self):
         if not self.learning_rate > 0 or self.matrix_rate < 0:

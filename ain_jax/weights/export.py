@@ -16,6 +16,7 @@ from ain_jax.data import tiles
 from ain_jax.data.images import ImageSettings, preprocessor_config
 from ain_jax.data.tiles import TileSettings
 from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig, to_hf
+from ain_jax.tokenizer.chat import load_tokenizer
 from ain_jax.weights.shards import DTYPES, INDEX, write
 from ain_jax.weights.table import Place, our_shape, published, rearrange, sizes, their_shape
 
@@ -48,7 +49,8 @@ def export_folder(
 ) -> Path:
     """The folder, complete: written beside its place first and then renamed, so that a failure leaves nothing behind.
 
-    Weights are cast to `dtype` or keep their own, and get the published names; a tied head is not written twice.
+    Weights are cast to `dtype` or keep their own, and get the published names; a tied head is not written twice. Refused
+    where transformers would open the tokenizer as another one.
     """
     out_dir, tokenizer_dir = Path(out_dir), Path(tokenizer_dir)
     _check(config, image_settings, tokenizer_dir, out_dir)
@@ -67,6 +69,7 @@ def export_folder(
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).exists():
                 shutil.copyfile(tokenizer_dir / name, beside / name)
+        load_tokenizer(beside)  # beside this config.json transformers may take another class than the folder names
         text = model_card or card("A model trained with ain_jax", pictures=config.vision is not None)
         (beside / "README.md").write_text(text + _usage(config), encoding="utf-8")
     except BaseException:

@@ -161,7 +161,7 @@ def test_it_begins_with_the_loss_of_the_folder(folders, data, tmp_path):
     "change, words",
     [
         ("Model.width = 32", "has sizes of its own: leave width out"),
-        ('Model.folder = "nowhere"', "nowhere/config.json is missing"),
+        ('Model.folder = "nowhere"', "Model.folder = 'nowhere' is not there"),
         ('Model.folder = ""', "width, layers, heads, kv_heads, mlp_width, vision_width, vision_layers, vision_heads"),
         ("Lora.rank = 2\nOptimizer.matrix_rate = 0.1", "Optimizer.matrix_rate = 0.1 is for whole matrices"),
         ('Lora.rank = 2\nLora.targets = ("q_prog",)', "targets names 'q_prog', which no matrix ends in"),
@@ -182,8 +182,8 @@ def test_a_model_without_a_tower_reads_no_pictures(folders, data, tmp_path, caps
     assert "Packing.row_patches = 64, and this llama reads no pictures: set 0" in capsys.readouterr().err
 
 
-def test_a_folder_with_a_tokenizer_of_its_own_is_not_extended(folders, data, tmp_path, capsys):
+def test_a_folder_is_extended_from_its_own_tokenizer_alone(folders, data, tmp_path, capsys):
     stages = '("extend_tokenizer", "instruct", "export")'
     more = 'extend_tokenizer/Tokenizer.base = "sample:tokenizer/mistral_v1.model"\n'
     assert go(tmp_path, experiment(folders / "qwen2_vl", data, stages, more), "--set", "Experiment.seed=1") == 1
-    assert "has a tokenizer of its own, and its rows do not grow yet" in capsys.readouterr().err
+    assert "a published model reads with its own tokenizer; leave Tokenizer.base out" in capsys.readouterr().err

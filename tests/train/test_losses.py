@@ -54,6 +54,20 @@ def assert_same(one, other, atol=1e-5):
         np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4)
 
 
+def test_bits_per_byte_divide_by_the_bytes_of_the_learnt_tokens_and_change_nothing_else(params):
+    model, bytes_V = MultimodalModel(worked.CONFIG), np.arange(worked.CONFIG.text.vocabulary, dtype=np.int32) % 5
+    batch = worked.batch([[s for e in range(3) for s in worked.segments(TEXTS, e)]], TEXT)
+    plain = losses.next_token(model, 2)(params, {}, batch, None)
+    found = losses.next_token(model, 2, token_bytes_V=bytes_V)(params, {}, batch, None)
+    bits_G, size_G = found.parts["bits_per_byte"]
+    learnt_BC = np.asarray(batch.target_segments_BC) > 0
+    for group in (0, 1):
+        ours_BC = learnt_BC & (np.asarray(batch.target_groups_BC) == group)
+        assert float(size_G[group]) == bytes_V[np.asarray(batch.targets_BC)[ours_BC]].sum() > 0
+    np.testing.assert_allclose(np.asarray(bits_G) * math.log(2), plain.parts["loss"][0], rtol=1e-6)
+    assert found.loss == plain.loss and found.count == plain.count
+
+
 @pytest.mark.parametrize("source, packing", [(TALKS, worked.PACKING), (TEXTS, TEXT)], ids=["pictures", "text"])
 def test_packed_examples_have_the_loss_and_gradients_that_they_have_alone(params, source, packing):
     loss = with_gradient(losses.next_token(MultimodalModel(worked.CONFIG), 2))

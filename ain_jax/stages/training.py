@@ -1,0 +1,144 @@
+"""How a stage trains: what of the model learns, on which rows, and what it came to."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ain_jax.data import loader
+from ain_jax.data.mixture import Mixture
+from ain_jax.models import lora
+from ain_jax.models.lora import Lora
+from ain_jax.stages.common import EXTEND, StageRun, Start
+from ain_jax.tokenizer import schedule
+from ain_jax.tokenizer.schedule import Vocabulary
+from ain_jax.train import checkpoint, metrics, optimizer, rows, state, step
+from ain_jax.train.loop import Trainer, train
+from ain_jax.train.losses import Loss
+from ain_jax.train.optimizer import Optimizer
+
+
+def check(run: StageRun) -> None:
+    """Refuse, before anything runs, a training stage whose settings do not go together."""
+    stages, start = run.resolved.experiment.stages, run.get(Start).stage
+    before = stages[: stages.index(run.stage)]
+    if start and (start not in before or Start.__name__ not in run.resolved.stage(start)):
+        training = [name for name in before if Start.__name__ in run.resolved.stage(name)]
+        raise ValueError(
+            f"{run.stage}/Start.stage = {start!r}: expected one of the stages that train before it, "
+            f'{", ".join(training) or "none here"}, or "" for the weights of Model'
+        )
+    settings, rank = run.get(Optimizer), run.get(Lora).rank
+    parts = {f"Lora.rank = {rank}": bool(rank), 'Optimizer.rows = "new"': settings.rows == "new"}
+    chosen = [name for name, taken in parts.items() if taken]
+    if len(chosen) > 1:
+        raise ValueError(f"{run.stage}: {' and '.join(chosen)} train different things: take one of them out")
+    if chosen and settings.matrix_rate:
+        raise ValueError(
+            f"{run.stage}/Optimizer.matrix_rate = {settings.matrix_rate} is for whole matrices, which {chosen[0]} "
+            "leaves as they are: set it to 0"
+        )
+    growing = run.get(Vocabulary).parts
+    for name, taken in {
+        'Optimizer.rows = "new"': settings.rows == "new",
+        f"Vocabulary.parts = {growing}": growing > 1,
+    }.items():
+        if taken and not run.extended:
+            raise ValueError(f"{run.stage}/{name}, but no stage {EXTEND} makes new pieces: add it, or leave this out")
+    if growing > 1 and (rank or len(run.get(Mixture).phases) > 1):
+        raise ValueError(
+            f"{run.stage}/Vocabulary.parts = {growing} grows rows by phases of its own, which neither adapters nor a "
+            "mixture with phases allow: leave Lora.rank and Mixture.phases out"
+        )
+
+
+def fit(run: StageRun, params: Any, loss: Loss, data: loader.Rows) -> dict[str, Any]:
+    """Train `params` on `data` to the last step, from the newest checkpoint if there is one; what it came to.
+
+    With `Lora.rank`, or `Optimizer.rows` = "new", the parameters stay, and what is trained and saved are the low-rank
+    pairs beside them, or the rows of the new pieces.
+    """
+    trainer, settings = run.get(Trainer), run.get(Optimizer)
+    with jax.set_mesh(run.mesh):
+        trained, frozen, aim = trained_part(run, params, loss)
+        rates = optimizer.rate_tree(trained, settings.rates)
+        transform = optimizer.make(settings, trained, trainer.steps)
+        update = step.make_update(aim, transform, rates, trainer.accumulate)
+        checkpoints = checkpoint.Checkpoints(run.folder / "checkpoints", trainer.keep)
+        try:
+            train(
+                update=update,
+                state=state.create(trained, transform),
+                frozen=frozen,
+                batches=lambda start: run.batches(data, trainer.rows, start),
+                trainer=trainer,
+                key=jax.random.key(run.seed("training")),
+                checkpoints=checkpoints,
+                marks=run.marks(data),
+                groups=data.groups,
+                log=lambda start: metrics.Log(run.folder, run.stage, trainer.steps, start, data.plan.filled),
+                changes=changes(run, params),
+            )
+        finally:
+            checkpoints.close()
+    return training_numbers(run.folder / "metrics.jsonl", data)
+
+
+def trained_part(run: StageRun, params: Any, loss: Loss) -> tuple[Any, Any, Loss]:
+    """What learns, what stays, and the loss as a function of the two."""
+    settings, adapted = run.get(Optimizer), run.get(Lora)
+    if adapted.rank:
+        aim = lambda pairs, base, *rest: loss(base, {"lora": lora.scaled(pairs, adapted)}, *rest)
+        return run.initial_adapters(), params, aim
+    if settings.rows == "new":
+        first, count = run.new_rows
+        aim = lambda taken, base, *rest: loss(rows.put(base, taken, first), {}, *rest)
+        return rows.take(params, first, count), params, aim
+    return params, {}, loss
+
+
+def changes(run: StageRun, params: Any) -> dict[int, Callable[[state.TrainState], state.TrainState]]:
+    """Where a growing vocabulary's next pieces come into use, their rows are made from what spelt them until then."""
+    vocabulary, whole = run.get(Vocabulary), run.get(Optimizer).rows == "all"
+    if vocabulary.parts == 1:
+        return {}
+    extension, first = run.extension, 0 if whole else run.new_rows[0]
+    sizes = vocabulary.sizes(len(extension.pieces))
+    begins = itertools.accumulate(vocabulary.steps(run.get(Trainer).steps))
+
+    def change(now: state.TrainState, used: int, size: int) -> state.TrainState:
+        tables = now.params if whole else rows.put(params, now.params, first)
+        begin = extension.first_piece + used - first
+        made = rows.means(tables, schedule.spelt_before(extension, used, size))
+        opt_state = rows.forget(now.opt_state, begin, size - used)
+        return dataclasses.replace(now, params=rows.put(now.params, made, begin), opt_state=opt_state)
+
+    return {
+        begin + 1: functools.partial(change, used=used, size=size)
+        for begin, used, size in zip(begins, sizes, sizes[1:], strict=False)
+        if size > used
+    }
+
+
+def training_numbers(path: Path, data: loader.Rows, window: int = 20) -> dict[str, Any]:
+    """Means over the first and the last `window` steps of each number of a stage, and how full its rows were."""
+    lines = metrics.read(path)
+    names = sorted({k for line in lines for k in line} - {"step", "filled", *metrics.TIMES})
+
+    def mean(part: Sequence[Mapping[str, Any]], name: str) -> float | None:
+        values = [line[name] for line in part if name in line]
+        return round(sum(values) / len(values), 4) if values else None
+
+    return {
+        "steps": len(lines),
+        "first": {name: mean(lines[:window], name) for name in names},
+        "last": {name: mean(lines[-window:], name) for name in names},
+        "slots_filled": round(data.plan.filled, 4),
+        "slots_filled_at_best": round(data.plan.best, 4),
+        "patches_filled": round(data.plan.patches_filled, 4),
+        "plan": data.plan.fingerprint,
+    }
