@@ -1,7 +1,7 @@
 """A vocabulary that grows while a model trains (AraLLaMA, arXiv 2412.12310, section 3: 12,800 subwords in 16 stages).
 
-The new pieces of an extension stand in the order learnt, so the first n of them are an extension too, with the same ids.
-A stage of training in parts cuts its text with more of them in each:
+The new pieces of an extension stand in the order learnt, so the first n of them are an extension too, with the same
+ids. A stage of training in parts cuts its text with more of them in each:
 
     4 parts of 10,000 pieces     10     100     1,000     10,000 in use
 
@@ -10,6 +10,7 @@ that spelt them until then.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -50,7 +51,7 @@ class Vocabulary:
                 f"parts = {self.parts}, and Trainer.steps = {steps}: expected a step or more for each part"
             )
         ends = [round(steps * part / self.parts) for part in range(self.parts + 1)]
-        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def shorter(tokenizer: Any, extension: Extension, pieces: int) -> Any:

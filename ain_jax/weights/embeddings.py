@@ -45,7 +45,6 @@ class Embeddings:
     shrink: float = 1.0
     lowered: Lowered = field(default_factory=Lowered)  # head rows, so that the pieces take little from other text
     noise: float = 0.1  # of a special token's row, in standard deviations of the old rows
-    multiple: int = 64  # a table that must grow grows to a multiple of so many rows
     seed: int = 0
 
     def __post_init__(self):
@@ -53,11 +52,8 @@ class Embeddings:
             raise ValueError(f"method = {self.method!r}: expected one of {', '.join(METHODS)}")
         if not 0 <= self.shrink <= 1:
             raise ValueError(f"shrink = {self.shrink}: expected a share, 0 to 1")
-        if self.spread < 0 or self.noise < 0 or self.multiple < 1:
-            raise ValueError(
-                f"spread = {self.spread}, noise = {self.noise}, multiple = {self.multiple}: expected 0 or more, and 1 "
-                "or more rows"
-            )
+        if self.spread < 0 or self.noise < 0:
+            raise ValueError(f"spread = {self.spread}, noise = {self.noise}: expected 0 or more")
 
 
 METHODS = ("mean", "covariance", "similar", "distil")
@@ -166,15 +162,16 @@ def extend_params(
     replaced_ids: Sequence[Sequence[int]],
     settings: Embeddings,
     corpus: Corpus | None = None,
+    multiple: int = 64,
 ) -> tuple[dict[str, Any], ModelConfig]:
     """(parameters, config) with rows for the new ids `first`, `first + 1`, ...; all else is as it was.
 
     `replaced_ids` are the old ids that spelt each new one, empty for a special token: `replaced(extension)`. Where the
-    table must grow it does so to a multiple of `settings.multiple` rows. Tables are brought to the host. Raises
+    table must grow it does so to a multiple of so many rows. Tables are brought to the host. Raises
     ValueError where the method needs a corpus and has none.
     """
     rows = make_rows(params, config, first, replaced_ids, settings, corpus)
-    padded = padded_rows(config.text.vocabulary, first + len(replaced_ids), settings.multiple)
+    padded = padded_rows(config.text.vocabulary, first + len(replaced_ids), multiple)
     return grow_tables(params, rows, first, padded), _with_rows(config, padded)
 
 
@@ -210,7 +207,7 @@ def make_rows(
     made: dict[str, Any] = unflatten_dict(rows)
     if corpus is None or (settings.method != "distil" and settings.lowered.rise is None):
         return made
-    padded = padded_rows(config.text.vocabulary, first + N, settings.multiple)
+    padded = max(config.text.vocabulary, first + N)
     grown, config = grow_tables(params, made, first, padded), _with_rows(config, padded)
     if settings.method == "distil":
         grown = distil(

@@ -49,8 +49,8 @@ def export_folder(
 ) -> Path:
     """The folder, complete: written beside its place first and then renamed, so that a failure leaves nothing behind.
 
-    Weights are cast to `dtype` or keep their own, and get the published names; a tied head is not written twice. Refused
-    where transformers would open the tokenizer as another one.
+    Weights are cast to `dtype` or keep their own, and get the published names; a tied head is not written twice.
+    Refused where transformers would open the tokenizer as another one.
     """
     out_dir, tokenizer_dir = Path(out_dir), Path(tokenizer_dir)
     _check(config, image_settings, tokenizer_dir, out_dir)
