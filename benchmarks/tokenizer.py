@@ -179,7 +179,7 @@ def hundred(folder: Path, options: argparse.Namespace, megabytes: float = 100.0)
     start = clock()
     chunks = count_chunks(texts())
     counted = clock()
-    line("base", "minutes", "CPU s", "of it counting", "chunks", "peak GB")
+    line("base", "minutes", "CPU s", "counting", "chunks", "peak GB")
     for name in ("llama2", "qwen3"):
         where = place(name, options.tokenizers)
         if name not in options.bases or where is None:

@@ -97,7 +97,7 @@ def _make(
     template, special, eos_token, pad_token = _conversation(base, special_tokens, chat_template, eos_token, pad_token)
 
     chunks = count_chunks(texts, script=rules.script, cap=cap, odd_share=odd_share, progress=progress)
-    learnt = learn(base, chunks, pieces, **vars(rules))
+    learnt = learn(base, chunks, pieces, **vars(rules), progress=progress)
     merges = list(chain.from_iterable(learnt.merges))
     files = folder.contents(
         grown_data(base, special, learnt.pieces, merges),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 import tokenizers
+from tqdm import tqdm
 
 from ain_jax.tokenizer.base import Base, cutter
 from ain_jax.tokenizer.corpus import ARABIC, Chunks, Script
@@ -100,6 +101,7 @@ def learn(
     digits: str = "separate",
     min_count: int = 2,
     longest: int = 16,
+    progress: bool | None = None,
 ) -> Learnt:
     """The next `pieces` pieces of the base, learnt from the chunks.
 
@@ -108,6 +110,7 @@ def learn(
     digits     "separate": each enters as one character; "join": runs of the script's digits may become pieces
     min_count  occurrences below which nothing is learnt
     longest    characters in a new piece at most, its blank counted
+    progress   a bar on standard error; by default where that is a terminal
     """
     rules = Rules(script, marks, tatweel, digits, min_count, longest)
     if pieces < 1:
@@ -122,7 +125,9 @@ def learn(
     if not any(re.match(f"[{script.letters}]", character) for character in characters):
         raise ValueError(f"the corpus holds no {script.name} letter; give text in the language to be added")
     singles = _missing(base, characters, rules)[:pieces]
-    found = _merged(base, singles, learning_words(base, singles, chunks.counts, rules), pieces - len(singles), rules)
+    words = learning_words(base, singles, chunks.counts, rules)
+    with tqdm(desc="learning", unit="piece", disable=None if progress is None else not progress) as bar:
+        found = _merged(base, singles, words, pieces - len(singles), rules, bar)
     if len(singles) + len(found) < pieces:
         raise ValueError(
             f"{pieces} pieces were asked for, but the corpus holds {len(singles) + len(found)} "
@@ -236,7 +241,7 @@ def _allowed(base: Base, rules: Rules) -> Callable[[str, str], bool]:
 
 
 def _merged(
-    base: Base, singles: Sequence[str], words: Mapping[tuple[str, ...], int], wanted: int, rules: Rules
+    base: Base, singles: Sequence[str], words: Mapping[tuple[str, ...], int], wanted: int, rules: Rules, bar: tqdm
 ) -> dict[str, tuple[tuple[tuple[str, str], ...], int]]:
     """The first `wanted` pieces that merges make: piece -> its merges, and the count of the first one."""
     found: dict[str, tuple[tuple[tuple[str, str], ...], int]] = {}
@@ -248,6 +253,7 @@ def _merged(
             if piece not in found:
                 found[piece] = (((left, right),), count)
                 last = piece
+                bar.update()
             else:  # another way to an earlier piece
                 found[last] = ((*found[last][0], (left, right)), found[last][1])
             if len(found) >= limit:

@@ -158,14 +158,8 @@ def test_fewer_tokens_for_arabic_and_none_changed_for_english(bases, name):
 def test_words_to_learn_from(bases):
     base = bases["mistral"]
     chunks = {" (الحر)،": 3, " الحر": 2, "الحر": 1, " كَم": 1, " ١٢": 9, " the": 9, " ب\nب": 4}
-    words = learning_words(base, [], chunks, Rules(script=extending_script(), marks="strip"))
+    words = learning_words(base, [], chunks, Rules(marks="strip"))
     assert words == {("ال", "ح", "ر"): 3, ("▁ال", "ح", "ر"): 3, ("▁", "ك", "م"): 1, ("▁", "ب"): 4}
-
-
-def extending_script():
-    from ain_jax.tokenizer.corpus import ARABIC as script
-
-    return script
 
 
 def test_a_piece_that_another_cuts_off_gives_way(bases):

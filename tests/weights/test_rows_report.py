@@ -82,6 +82,7 @@ def test_a_table_and_its_json(vocabulary, texts, tied, tmp_path):
     for name, settings in {"mean": Embeddings(), "shrunk": Embeddings(shrink=0.5)}.items():
         grown, larger = extend_params(params, config, vocabulary.first, replaced(vocabulary.extension), settings)
         reports[name] = report(grown, larger, vocabulary.first, vocabulary.count, texts)
+    assert reports["mean"].losses["ar"].tokens < before["ar"].tokens  # the new pieces cut it
     assert list(reports["mean"].tables) == (["input"] if tied else ["input", "head"])
     text = rows_report.table(before, reports)
     for needed in (
