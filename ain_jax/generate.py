@@ -55,6 +55,11 @@ def prompt_with_images(
     return Prompt(np.asarray(tokens_L), np.concatenate([patches for patches, _ in cut]), tuple(grid for _, grid in cut))
 
 
+def placeholder_counts(prompt: Prompt, merge_size: int) -> list[int]:
+    """How many places each picture of a prompt takes among its tokens."""
+    return [len(index_M) for index_M in prompt.features] or [feature_count(grid, merge_size) for grid in prompt.grids]
+
+
 def generate(
     params: dict[str, Any],
     config: ModelConfig,
@@ -411,9 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"{given.model} is a {config.family} without an image encoder: leave --image out")
         settings = load_image_settings(given.model, config) if pictures else None
         prompt = prompt_with_images([], pictures, settings) if settings else Prompt([])
-        counts = [len(index_M) for index_M in prompt.features]
-        if isinstance(settings, ImageSettings):
-            counts = [feature_count(grid, settings.merge_size) for grid in prompt.grids]
+        counts = placeholder_counts(prompt, settings.merge_size) if settings else []
         if tokenizer.chat_template or pictures:
             message = {"role": "user", "content": "<image>" * len(counts) + given.text}
             ids = encode_prompt(tokenizer, [message], counts)

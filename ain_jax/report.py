@@ -40,6 +40,7 @@ def _told(numbers: Mapping[str, Any]) -> list[str]:
         head, *rest = [
             f"{name.removeprefix('loss/')} {_number(first.get(name))} -> {_number(last.get(name))}"
             for name in ("loss", *sorted(n for n in last if n.startswith("loss/")))
+            if name == "loss" or (first.get(name), last.get(name)) != (None, None)  # a rare group, in neither window
         ]
         told = f"{numbers.get('steps', 0):,} steps, {numbers.get('slots_filled', 0):.1%} of slots filled; {head}"
         return [told, ", ".join(rest)] if rest else [told]

@@ -17,9 +17,11 @@ from PIL import Image
 
 from ain_jax.data import images, positions
 from ain_jax.data.formats import Record
-from ain_jax.data.packing import Segment
+from ain_jax.data.packing import LINE_END, Segment
+from ain_jax.data.tiles import TileSettings, feature_index, placeholder_tokens, preprocess_tiles, tile_grid
 from ain_jax.tokenizer import chat
 
+PictureSettings = images.ImageSettings | TileSettings
 BATCH = 1024  # records tokenised at a time
 
 
@@ -57,7 +59,7 @@ class Examples:
             columns.append(np.diff(total[starts_S[self.first_E]]))
         return np.stack(columns, axis=1)
 
-    def segments(self, example: int, image_token: int | None, settings: images.ImageSettings | None) -> list[Segment]:
+    def segments(self, example: int, image_token: int | None, settings: PictureSettings | None) -> list[Segment]:
         """The segments of one example, its pictures decoded."""
         result = []
         for s in range(self.first_E[example], self.first_E[example + 1]):
@@ -69,29 +71,47 @@ class Examples:
                 assert settings is not None, "pictures need image settings"
                 record = self.records[int(self.record_S[s])]
                 try:
-                    pictures = [images.preprocess(picture, settings)[0] for picture in record.images]
+                    fields = _laid(record.images, grids_m3, settings)
                 except ValueError as error:
                     raise ValueError(f"record {record.id}: {error}") from None
-                fields = {
+                fields |= {
                     "is_picture_L": tokens_L == image_token,
-                    "patches_PK": np.concatenate(pictures),
                     "patch_positions_P2": np.concatenate(
                         [positions.patch_positions(tuple(g), settings.merge_size) for g in grids_m3]
                     ),
                     "patch_counts": tuple(int(g.prod()) for g in grids_m3),
                 }
-            positions_3L = positions.mrope_positions(
-                tokens_L, [tuple(g) for g in grids_m3], image_token, settings.merge_size if settings else 1
-            )
+            if isinstance(settings, TileSettings):  # such a decoder counts on by one, over pictures too
+                positions_3L = np.tile(np.arange(len(tokens_L), dtype=np.int32), (3, 1))
+            else:
+                positions_3L = positions.mrope_positions(
+                    tokens_L, [tuple(g) for g in grids_m3], image_token, settings.merge_size if settings else 1
+                )
             result.append(Segment(tokens_L, self.learn_T[span], positions_3L, int(self.group_E[example]), **fields))
         return result
+
+
+def _laid(pictures: Sequence[bytes], grids_m3: np.ndarray, settings: PictureSettings) -> dict[str, Any]:
+    """The patches of an example's pictures, and of tiles which feature stands where."""
+    if not isinstance(settings, TileSettings):
+        return {"patches_PK": np.concatenate([images.preprocess(picture, settings)[0] for picture in pictures])}
+    opened = [images.open_image(picture) for picture in pictures]
+    indices = [feature_index(picture.height, picture.width, settings) for picture in opened]
+    counts = grids_m3.prod(axis=1)
+    firsts = np.cumsum(counts) - counts
+    moved = [
+        np.where(index_M == count, LINE_END, index_M + first)
+        for index_M, count, first in zip(indices, counts, firsts, strict=True)
+    ]
+    patches = [preprocess_tiles(picture, settings)[0] for picture in opened]
+    return {"patches_PK": np.concatenate(patches), "features_M": np.concatenate(moved)}
 
 
 def tokenise(
     records: Sequence[Record],
     name: str,
     tokenizer: Any,
-    settings: images.ImageSettings | None,
+    settings: PictureSettings | None,
     row_tokens: int,
     mark: str,
     cache: Path,
@@ -166,8 +186,9 @@ def _tokenise_batch(batch, start, tokenizer, settings, row_tokens, columns) -> N
     for (i, record), ids in zip(texts, encode_documents(tokenizer, [r.text for _, r in texts]), strict=True):
         for window in _windows(ids, row_tokens):
             columns.add([(window, np.ones(len(window), bool))], start + i, record.language, [])
-    grids = [[_grid(picture, settings, r.id) for picture in r.images] for _, r in chats]
-    counts = [[int(np.prod(g)) // settings.merge_size**2 for g in gs] if gs else [] for gs in grids]
+    measured = [[_measured(picture, settings, r.id) for picture in r.images] for _, r in chats]
+    grids = [[grid for grid, _ in of_record] for of_record in measured]
+    counts = [[places for _, places in of_record] for of_record in measured]
     better = _encode(tokenizer, [r for _, r in chats], counts)
     paired = [k for k, (_, r) in enumerate(chats) if r.rejected]
     rejected = [_with_rejected(chats[k][1]) for k in paired]
@@ -233,12 +254,18 @@ def _windows(ids: np.ndarray, length: int) -> Iterator[np.ndarray]:
         yield ids[part[0] - 1 : part[-1] + 1]
 
 
-def _grid(picture: bytes, settings: images.ImageSettings | None, record: str) -> tuple[int, int, int]:
+def _measured(picture: bytes, settings: PictureSettings | None, record: str) -> tuple[positions.Grid, int]:
+    """(grid of patches, places that it takes among the tokens) of a picture; of tiles the grid's frames."""
     if settings is None:
         raise ValueError(f"record {record} holds pictures, and this stage reads none: take its source out of Mixture")
     try:
         with Image.open(io.BytesIO(picture)) as opened:
-            return images.image_grid(opened.width, opened.height, settings)
+            if isinstance(settings, TileSettings):
+                rows, columns = tile_grid(opened.height, opened.width, settings)
+                grid = (1 + rows * columns, settings.side, settings.side)
+                return grid, placeholder_tokens(opened.width, opened.height, settings)
+            grid = images.image_grid(opened.width, opened.height, settings)
+            return grid, positions.feature_count(grid, settings.merge_size)
     except ValueError as error:
         raise ValueError(f"record {record}: {error}") from None
     except OSError as error:

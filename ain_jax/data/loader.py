@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from ain_jax.data.batch import Batch, PairBatch
-from ain_jax.data.examples import Examples
-from ain_jax.data.images import ImageSettings
+from ain_jax.data.examples import Examples, PictureSettings
 from ain_jax.data.pack_plan import PackPlan
 from ain_jax.data.packing import Packing, lay_row
 
@@ -23,7 +22,7 @@ class Rows:
     sources: Sequence[Examples]
     packing: Packing
     image_token: int | None  # None: a model without an image encoder
-    images: ImageSettings | None
+    images: PictureSettings | None
     pairs: bool = False
     reference_RN2: np.ndarray | None = None  # log-probabilities under the frozen policy, by row
 

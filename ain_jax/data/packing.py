@@ -92,6 +92,9 @@ def _best_fit_decreasing(items: Sequence[tuple[int, np.ndarray]], budgets: np.nd
     return rows
 
 
+LINE_END = -1
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """One example's arrays, ready to be laid into a row."""
@@ -104,6 +107,9 @@ class Segment:
     patches_PK: np.ndarray | None = None  # float32, all pictures of the example in order
     patch_positions_P2: np.ndarray | None = None  # int32
     patch_counts: tuple[int, ...] = ()  # patches of each picture
+    # Which feature of the example stands at each picture place, LINE_END for the vector that ends a line of a picture
+    # (LLaVA-NeXT); None: each feature once, in order.
+    features_M: np.ndarray | None = None
 
 
 def lay_row(segments: Sequence[Segment], packing: Packing, patch_width: int, merge: int) -> dict[str, np.ndarray]:
@@ -146,12 +152,15 @@ def lay_row(segments: Sequence[Segment], packing: Packing, patch_width: int, mer
             count = len(segment.patches_PK)
             assert segment.is_picture_L is not None and segment.patch_positions_P2 is not None
             places = np.flatnonzero(segment.is_picture_L)
-            if len(places) * merge**2 != count:
+            features_M = np.arange(count // merge**2) if segment.features_M is None else segment.features_M
+            if len(places) != len(features_M) or count % merge**2:
                 raise ValueError(
                     f"segment {number} of a row: {len(places)} picture places but {count} patches, which make "
-                    f"{count / merge**2:g} features; each feature needs one place"
+                    f"{count / merge**2:g} features and take {len(features_M)} places; each needs one of its own"
                 )
-            row["feature_index_BL"][at + places] = patch_at // merge**2 + np.arange(len(places))
+            # The vector that ends a line stands behind the features of the whole row.
+            moved_M = np.where(features_M == LINE_END, patches // merge**2, features_M + patch_at // merge**2)
+            row["feature_index_BL"][at + places] = moved_M
             span = slice(patch_at, patch_at + count)
             row["patches_BPK"][span] = segment.patches_PK
             row["patch_positions_BP2"][span] = segment.patch_positions_P2

@@ -71,6 +71,11 @@ class TileSettings:
         """Values of one flattened patch."""
         return 3 * self.patch_size**2
 
+    @property
+    def merge_size(self) -> int:
+        """Patches along a side of what makes one feature."""
+        return 1
+
 
 def select_resolution(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The (height, width) among the pinpoints which keeps most of the picture's pixels, then wastes fewest.

@@ -17,10 +17,11 @@ from ain_jax import sample, sharding
 from ain_jax.data import formats, loader, pack_plan
 from ain_jax.data.builders import sample as sample_builder
 from ain_jax.data.builders.sample_records import KINDS, SampleParams
-from ain_jax.data.examples import Examples, tokenise, tokenizer_fingerprint
+from ain_jax.data.examples import Examples, PictureSettings, tokenise, tokenizer_fingerprint
 from ain_jax.data.images import ImageSettings
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
+from ain_jax.data.tiles import TileSettings
 from ain_jax.experiment import Resolved, nearest
 from ain_jax.models import lora
 from ain_jax.models.config import ModelConfig, TextConfig, VisionConfig
@@ -202,14 +203,11 @@ class StageRun:
         return tokenizer_files.read_extension(self.tokenizer_folder)
 
     @functools.cached_property
-    def images(self) -> ImageSettings:
+    def images(self) -> PictureSettings:
         """How pictures are cut: as the published model's processor does, else as the experiment says."""
         if self.base is None or self.config.vision is None:
             return self.get(ImageSettings)
-        settings = load.load_image_settings(self.base, self.config)
-        if not isinstance(settings, ImageSettings):
-            raise ValueError(f"{self.base}: training a {self.config.family} with pictures is not supported yet")
-        return settings
+        return load.load_image_settings(self.base, self.config)
 
     @functools.cached_property
     def token_bytes_V(self) -> np.ndarray:
@@ -218,7 +216,8 @@ class StageRun:
 
     @functools.cached_property
     def model(self) -> MultimodalModel:
-        longest = self.images.max_pixels // self.images.patch_size**2
+        images = self.images
+        longest = images.max_pixels // images.patch_size**2 if isinstance(images, ImageSettings) else None
         return MultimodalModel(self.config, remat=self.get(Model).remat, longest_image=longest)
 
     @functools.cached_property
@@ -270,12 +269,17 @@ class StageRun:
         kind = Path(name).stem if name.endswith(".jsonl") else kind
         return tokenise(records, kind, tokenizer, images, packing.row_tokens, mark, cache)
 
-    def _pictures(self, packing: Packing) -> ImageSettings | None:
+    def _pictures(self, packing: Packing) -> PictureSettings | None:
+        images = self.images if packing.row_patches and self.config.vision else None
+        if isinstance(images, TileSettings) and packing.row_patches % images.side**2:
+            raise ValueError(
+                f"Packing.row_patches = {packing.row_patches}: expected whole tiles, a multiple of {images.side**2}"
+            )
         if packing.row_patches and self.config.vision is None:
             raise ValueError(
                 f"Packing.row_patches = {packing.row_patches}, and this {self.config.family} reads no pictures: set 0"
             )
-        return self.images if packing.row_patches else None
+        return images
 
     def rows(
         self,

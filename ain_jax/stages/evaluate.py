@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ain_jax.data.formats import Record
 from ain_jax.data.packing import Packing
 from ain_jax.evaluate import likelihood, ngram, scores
-from ain_jax.generate import Prompt, generate, prompt_with_images
+from ain_jax.generate import Prompt, generate, placeholder_counts, prompt_with_images
 from ain_jax.stages import common
 from ain_jax.stages.common import Start
 from ain_jax.tokenizer import chat
@@ -168,7 +168,7 @@ def _picture(folder: Path, stem: str, picture: bytes) -> str:
 def _prompt(stage: common.StageRun, record: Record) -> Prompt:
     settings = stage.images
     prompt = prompt_with_images([], record.images, settings)
-    counts = [int(t * h * w) // settings.merge_size**2 for t, h, w in prompt.grids]
+    counts = placeholder_counts(prompt, settings.merge_size)
     tokens = chat.encode_prompt(stage.tokenizer, record.messages[:-1], counts)
     return dataclasses.replace(prompt, tokens_L=tokens)
 

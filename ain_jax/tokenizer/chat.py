@@ -51,7 +51,7 @@ CHATML_TEMPLATE = """\
 {%- endif -%}
 """
 PICTURE = "<image>"  # how a message's text says where a picture stands
-IMAGE_PAD = "<|image_pad|>"  # one per picture in the rendered text, then one per merged vision feature
+IMAGE_PAD = "<|image_pad|>"  # one per picture in the rendered text, then one per merged vision feature; LLaVA: PICTURE
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters: they enclose what a generation block rendered
 PROBES = ("Hello world", " leading", "two  blanks", "line\nline\t1", "مرحبا بالعالم", "é 日本 🙂", "")
 
@@ -70,6 +70,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json; give the folder that the tokenizer extension wrote")
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    of_processor = folder / "chat_template.json"  # where older folders of models that see keep it
+    if tokenizer.chat_template is None and of_processor.is_file():
+        tokenizer.chat_template = json.loads(of_processor.read_text(encoding="utf-8")).get("chat_template")
     written = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     if len(tokenizer) != written.get_vocab_size():
         raise ValueError(f"{folder}: AutoTokenizer has {len(tokenizer)} ids, tokenizer.json {written.get_vocab_size()}")
@@ -140,6 +143,9 @@ class _Chat:
         special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(special)
         self.special = _any_of(tuple(special.values()))
+        self.literal = _any_of(tuple(token for token in special.values() if token != PICTURE))
+        known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        self.place = PICTURE if PICTURE in known and IMAGE_PAD not in known else IMAGE_PAD
 
     def messages(self, messages: Sequence[Any], pictures: int) -> list[dict[str, Any]]:
         """Messages as templates expect them, with every "<image>" made a picture part; pictures counted."""
@@ -149,7 +155,7 @@ class _Chat:
                 role, content = message["role"], message["content"]
             else:
                 role, content = message.role, message.content
-            literal = self.special.search(content) or self.special.search(role)
+            literal = self.literal.search(content) or self.literal.search(role)
             if literal:
                 raise ValueError(
                     f"message {number} ({role}) holds {literal.group()!r} as text, which would become "
@@ -215,11 +221,11 @@ class _Chat:
     def expand(
         self, text: str, spans: list[tuple[int, int]], counts: Sequence[int]
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text with each <|image_pad|> repeated for its picture, and the spans moved accordingly."""
-        pieces = text.split(IMAGE_PAD)
+        """The text with each placeholder repeated for its picture, and the spans moved accordingly."""
+        pieces = text.split(self.place)
         if len(pieces) - 1 != len(counts):
             raise ValueError(
-                f"the chat template rendered {len(pieces) - 1} {IMAGE_PAD} for {len(counts)} pictures; "
+                f"the chat template rendered {len(pieces) - 1} {self.place} for {len(counts)} pictures; "
                 "it must write one for each image part"
             )
         if not counts:
@@ -232,13 +238,15 @@ class _Chat:
             0,
         )  # where each placeholder ends in the old text, and how much the text has grown there
         for piece, count in zip(pieces, counts, strict=False):
-            at += len(piece) + len(IMAGE_PAD)
-            starts.append((at, (count - 1) * len(IMAGE_PAD)))
+            at += len(piece) + len(self.place)
+            starts.append((at, (count - 1) * len(self.place)))
 
         def moved(place: int) -> int:
             return place + sum(growth for end, growth in starts if end <= place)
 
-        joined = pieces[0] + "".join(IMAGE_PAD * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
+        joined = pieces[0] + "".join(
+            self.place * count + piece for count, piece in zip(counts, pieces[1:], strict=True)
+        )
         return joined, [(moved(start), moved(end)) for start, end in spans]
 
     def finish(self, encoding: Any, spans: Sequence[tuple[int, int]]) -> Encoded:
@@ -297,7 +305,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[Any], image_tokens: Sequence[
     """One conversation's ids (int32) and the mask of ids to learn from (bool).
 
     Messages have a role and a content (attributes or keys); "<image>" in a content is a picture, which takes
-    the next count of `image_tokens` as <|image_pad|>, as transformers' Qwen2-VL processor writes it.
+    the next count of `image_tokens` as the model's placeholder (<|image_pad|>, or LLaVA's <image>), as transformers'
+    processors write it.
     """
     return encode_chats(tokenizer, [(messages, image_tokens)])[0]
 

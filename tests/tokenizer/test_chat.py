@@ -244,3 +244,24 @@ def test_a_rebuilt_tokenizer_is_refused(folder, tmp_path, monkeypatch):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+def test_llavas_placeholder_is_image_itself(tmp_path):
+    """Its template writes <image>, a special token, where Qwen2-VL's writes <|image_pad|> between two others."""
+    import tiny_bases
+
+    tokenizer = load_tokenizer(tiny_bases.byte_level(tmp_path / "base"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+        "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    talk = [{"role": "user", "content": "<image><image>what?"}, {"role": "assistant", "content": "a cat"}]
+    ids, learn = encode_chat(tokenizer, talk, (3, 2))
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    text = tokenizer.decode(ids)
+    assert (ids == image).sum() == 5 and text.count("<image>" * 3 + "\n" + "<image>" * 2 + "\nwhat?") == 1
+    assert tokenizer.decode(ids[learn]).startswith("a cat<|im_end|>") and not (ids[learn] == image).any()
+    with pytest.raises(ValueError, match="1 <image> placeholders but 2 pictures"):
+        encode_chat(tokenizer, [{"role": "user", "content": "<image>"}, talk[1]], (3, 2))
