@@ -45,6 +45,19 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_tokenizer_folder(tmp_path_factory) -> Path:
+    """Sixty words: no more than any tiny model has rows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("words")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder):
     from ain_jax.tokenizer.chat import load_tokenizer
 

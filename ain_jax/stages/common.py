@@ -356,13 +356,13 @@ class StageRun:
 
     def trained_adapters(self, stage: str, step: int | None = None) -> Any:
         """The low-rank pairs that a stage ended with, or had at a step."""
-        return checkpoint.load_params(self.root / stage / "checkpoints", self.of(stage).initial_adapters(), step)
+        return self._saved(stage, self.of(stage).initial_adapters(), step)
 
     def trained_params(self, stage: str, step: int | None = None) -> Any:
         """The parameters that a stage ended with, or had at a step whose checkpoint is kept; its parts put in."""
-        run, folder = self.of(stage), self.root / stage / "checkpoints"
+        run = self.of(stage)
         if run.trains_all:
-            return checkpoint.load_params(folder, self.layout(), step)
+            return self._saved(stage, self.layout(), step)
         if run.get(Lora).rank:
             whole = lora.merge(run.starting_params(), self.trained_adapters(stage, step), run.get(Lora))
         else:
@@ -370,7 +370,7 @@ class StageRun:
             abstract = jax.eval_shape(lambda params: rows.take(params, first, count), self.layout())
             # whole on every device: so many rows need not divide by the mesh's axes
             like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._whole), abstract)
-            whole = rows.put(run.starting_params(), checkpoint.load_params(folder, like, step), first)
+            whole = rows.put(run.starting_params(), self._saved(stage, like, step), first)
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), whole, self.layout())
 
     @contextmanager
@@ -379,7 +379,8 @@ class StageRun:
         if not self.of(stage).trains_all:
             yield self.trained_params(stage, step)
             return
-        with checkpoint.opened(self.root / stage / "checkpoints", step) as (checkpoints, found):
+        folder = self.root / stage / "checkpoints"
+        with checkpoint.opened(folder, step, self.tokenizer_mark) as (checkpoints, found):
             yield checkpoints.leaves(found, self.layout())
 
     def starting_params(self) -> Any:
@@ -389,7 +390,15 @@ class StageRun:
 
     def marks(self, data: loader.Rows) -> dict[str, str]:
         """What must not change between a checkpoint and the run that goes on from it."""
-        return {"pack_plan": data.plan.fingerprint, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        return {"pack_plan": data.plan.fingerprint, **self.tokenizer_mark}
+
+    @functools.cached_property
+    def tokenizer_mark(self) -> dict[str, str]:
+        """What of the marks must be the same wherever weights are used: rows of another vocabulary are not these."""
+        return {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
+
+    def _saved(self, stage: str, like: Any, step: int | None) -> Any:
+        return checkpoint.load_params(self.root / stage / "checkpoints", like, step, self.tokenizer_mark)
 
 
 def source_parts(name: str) -> tuple[str, str]:

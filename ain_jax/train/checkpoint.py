@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -61,6 +62,13 @@ class Checkpoints:
 
         Raises ValueError where the run has since got other data or another tokenizer.
         """
+        self.refuse_others(step, marks)
+        abstract = jax.tree.map(_abstract, {"params": like.params, "opt_state": like.opt_state})
+        parts = self._checkpointer.load_checkpointables(step, abstract)
+        return TrainState(jnp.asarray(step, jnp.int32), parts["params"], parts["opt_state"])
+
+    def refuse_others(self, step: int, marks: Mapping[str, str]) -> None:
+        """Raise ValueError where the state at `step` was written with other marks than these."""
         saved: Any = self._checkpointer.metadata(step).custom_metadata or {}
         for name, mark in marks.items():
             if saved.get(name) != mark:
@@ -68,9 +76,6 @@ class Checkpoints:
                     f"{self.folder}/{step} was written with {name} {saved.get(name)}, and this run has {mark}: it "
                     f"would go on with other data. Give another --run_dir, or delete {self.folder.parent} to begin anew"
                 )
-        abstract = jax.tree.map(_abstract, {"params": like.params, "opt_state": like.opt_state})
-        parts = self._checkpointer.load_checkpointables(step, abstract)
-        return TrainState(jnp.asarray(step, jnp.int32), parts["params"], parts["opt_state"])
 
     def load_params(self, step: int, like: Any) -> Any:
         """The parameters at `step`, laid out as `like`; the optimiser state is not read."""
@@ -114,8 +119,10 @@ class Leaf:
 
 
 @contextmanager
-def opened(folder: Path, step: int | None = None) -> Iterator[tuple[Checkpoints, int]]:
-    """The checkpoints of a folder, and the step asked for, or the newest."""
+def opened(
+    folder: Path, step: int | None = None, marks: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[Checkpoints, int]]:
+    """The checkpoints of a folder, and the step asked for, or the newest; refused where its marks are others."""
     checkpoints = Checkpoints(folder) if folder.is_dir() else None
     steps = checkpoints.steps() if checkpoints else []
     if checkpoints is None or not steps:
@@ -123,17 +130,21 @@ def opened(folder: Path, step: int | None = None) -> Iterator[tuple[Checkpoints,
     try:
         if step is not None and step not in steps:
             raise ValueError(f"{folder} holds no checkpoint of step {step}; kept are {', '.join(map(str, steps))}")
-        yield checkpoints, steps[-1] if step is None else step
+        found = steps[-1] if step is None else step
+        checkpoints.refuse_others(found, marks)
+        yield checkpoints, found
     finally:
         checkpoints.close()
 
 
-def load_params(folder: Path, like: Any, step: int | None = None) -> Any:
+def load_params(
+    folder: Path, like: Any, step: int | None = None, marks: Mapping[str, str] = MappingProxyType({})
+) -> Any:
     """The parameters of the checkpoint at a step, or of the newest, laid out as `like`.
 
-    The optimiser state is not read.
+    The optimiser state is not read. Refused where the checkpoint's marks are others.
     """
-    with opened(folder, step) as (checkpoints, found):
+    with opened(folder, step, marks) as (checkpoints, found):
         return checkpoints.load_params(found, like)
 
 

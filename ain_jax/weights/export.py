@@ -69,7 +69,10 @@ def export_folder(
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).exists():
                 shutil.copyfile(tokenizer_dir / name, beside / name)
-        load_tokenizer(beside)  # beside this config.json transformers may take another class than the folder names
+        # Beside this config.json transformers may take another class than the folder names: refused there.
+        ids, rows = len(load_tokenizer(beside)), config.text.vocabulary
+        if ids > rows:
+            raise ValueError(f"export: {tokenizer_dir} has {ids} ids, and the model {rows} rows: it is another model's")
         text = model_card or card("A model trained with ain_jax", pictures=config.vision is not None)
         (beside / "README.md").write_text(text + _usage(config), encoding="utf-8")
     except BaseException:

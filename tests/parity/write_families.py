@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 # Tiny models run for milliseconds and compile for seconds: code that is not optimised comes sooner.
@@ -51,7 +52,7 @@ def write_family(name: str, config: ModelConfig, out: Path) -> None:
     np.savez(
         folder.with_suffix(".npz"),
         case=name,
-        text=" ".join(word(int(i)) for i in prompt.tokens_L),
+        text="".join(word(int(i)) for i in prompt.tokens_L),
         input_ids=prompt.tokens_L,
         logits=logits_LV,
         **given,
@@ -59,7 +60,7 @@ def write_family(name: str, config: ModelConfig, out: Path) -> None:
 
 
 def write_folder(name: str, config: ModelConfig, params: dict[str, Any], out: Path) -> Path:
-    """The parameters as an exported folder, with a tokenizer of words."""
+    """The parameters as an exported folder, with a tokenizer of characters."""
     write_tokenizer(config.text.vocabulary, out / "tokenizer")
     folder = out / re.sub(r"\W+", "_", name)
     return export_folder(params, config, out / "tokenizer", families.picture_settings(config), folder)
@@ -89,16 +90,28 @@ def words_and(pictures: list[Image.Image], config: ModelConfig) -> Prompt:
 
 
 def write_tokenizer(vocabulary: int, folder: Path) -> None:
-    """A tokenizer of as many words as the model has rows: "w0 w17" is 0, 17."""
+    """A byte-level tokenizer without merges, one character an id: "#*" is 3, 10. Other ids have special tokens.
+
+    It is built as Qwen2's is: transformers 5 takes that class for any text model of the family.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.WordLevel({word(i): i for i in range(vocabulary)}, unk_token=word(0)))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    others = [word(i) for i in range(vocabulary) if i not in CHARACTERS]
+    tokenizer = Tokenizer(models.BPE({word(i): i for i in range(vocabulary)}, []))
+    tokenizer.normalizer = normalizers.NFC()  # pyright: ignore
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+    steps = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    tokenizer.add_special_tokens(others)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": word(0)})
+
+
+CHARACTERS = range(1, 95)  # the printable ones of ASCII
 
 
 def word(i: int) -> str:
-    return f"w{i}"
+    return chr(0x20 + i) if i in CHARACTERS else "<|endoftext|>" if i == 0 else f"<|{i}|>"
 
 
 def picture(width: int, height: int) -> Image.Image:

@@ -90,6 +90,13 @@ def test_rare_chunks_give_way_to_a_cap(monkeypatch):
     assert count_chunks(texts, cap=20) == chunks
 
 
+def test_the_rarest_go_first_and_no_more_than_needed():
+    counts = Counter(a=1, b=2, c=2, d=2, e=9, f=9)
+    assert corpus._drop_rare(counts, 4) == [1, 2, 2, 2] and counts == {"e": 9, "f": 9}
+    counts = Counter(a=1, b=2, c=2, e=9)
+    assert corpus._drop_rare(counts, 4) == [1] and len(counts) == 3
+
+
 def test_files_of_each_kind(tmp_path):
     lines = ["\ufeffجيد\r", "", "  ", " two words "]
     data = "\n".join(lines).encode()
@@ -125,9 +132,13 @@ def test_bad_files_speak(tmp_path, name, data, message):
 
 
 def test_files_are_not_held_in_memory(tmp_path):
-    (tmp_path / "a.txt").write_bytes("جيد\n".encode() * 3 + b"\xff")
-    texts = read_texts(tmp_path / "a.txt")
-    assert [next(texts) for _ in range(3)] == ["جيد"] * 3  # the fault behind them is not reached yet
+    """The first lines come before the end of a file is looked at: here it is missing."""
+    lines = "".join(f"{number * 7919 % 100003} جيد\n" for number in range(200_000))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(lines.encode())[:-9])
+    texts = read_texts(tmp_path / "a.txt.gz")
+    assert [next(texts) for _ in range(2)] == ["0 جيد", "7919 جيد"]
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(texts)
 
 
 ODD = [

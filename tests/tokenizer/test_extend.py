@@ -175,6 +175,7 @@ def test_old_ids_and_special_tokens_do_not_move(folders, opened, name):
     own = base.chat_template is not None
     assert len(extension.special_tokens) == (0 if own else 7)
     assert auto.chat_template == (TEMPLATE if own else CHATML_TEMPLATE)
+    assert auto.clean_up_tokenization_spaces is False  # or " ." would come back as "."
     assert auto.eos_token == "<|im_end|>" and auto.pad_token == ("<|endoftext|>" if own else "<|pad|>")
     for token in base.special:
         assert auto.encode(f"a{token}b", add_special_tokens=False).count(base.ids[token]) == 1

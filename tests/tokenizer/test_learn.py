@@ -1,6 +1,7 @@
 """What is learnt, on bases of both kinds, against a plain-Python continuation that cuts whole texts itself."""
 
 import itertools
+import json
 import re
 from collections import Counter
 
@@ -178,6 +179,21 @@ def test_halves_of_characters_join_only_to_whole_ones(bases):
     assert all(base.text(piece) is not None for piece in learnt.pieces)
 
 
+def test_a_piece_that_the_base_has_but_never_emits_is_not_learnt_again(tmp_path):
+    """Published vocabularies hold pieces that no merge makes; what would spell one is left alone."""
+    folder, chunks = byte_level(tmp_path / "base", gaps=True), count_chunks(ARABIC)
+    before = learn(open_base(folder), chunks, 40)
+    twice = next(p for p in before.pieces if any(p in merge for each in before.merges for merge in each))
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    data["model"]["vocab"][twice] = 700  # an id that was free
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    base = open_base(folder)
+    learnt = learn(base, chunks, 40)
+    assert twice not in learnt.pieces and len(set(learnt.pieces)) == 40
+    assert not any(twice in merge or twice == "".join(merge) for each in learnt.merges for merge in each)
+    assert grow(base, learnt).token_to_id(twice) == 700
+
+
 # how many pieces the little corpus holds under marks="strip", under both "keep", and with digits joined
 @pytest.mark.parametrize(("name", "numbers"), [("mistral", (11, 18, 19)), ("smollm", (9, 12, 9))])
 def test_marks_tatweel_and_digits_are_choices(bases, name, numbers):
@@ -190,6 +206,8 @@ def test_marks_tatweel_and_digits_are_choices(bases, name, numbers):
 
     bare, kept = spelt(numbers[0], marks="strip"), spelt(numbers[1], marks="keep", tatweel="keep")
     joined = spelt(numbers[2], digits="join")
+    vocalised = learn(base, count_chunks(["كَتَبَ كَتَبَ"] * 4), 2, marks="strip")
+    assert base.piece("كتب") in vocalised.pieces
     assert {" كتب", "١", "٩", "٤", "٨", "؛", " عام"} <= set(bare)
     assert not any("\u064e" in text or "ـ" in text for text in bare if len(text) > 1)
     assert " كـتـب" in kept and " كَتَبَ" in (kept if name == "mistral" else [" كَتَبَ"])

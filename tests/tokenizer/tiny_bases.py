@@ -126,6 +126,7 @@ def _written(folder: Path, data: dict[str, Any], name: str, template: str | None
         config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     else:
         config |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": template}
+        config["clean_up_tokenization_spaces"] = True  # as Llama-3's, which loses blanks before full stops
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 

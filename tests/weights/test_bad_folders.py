@@ -30,11 +30,8 @@ SHARD_BYTES = 40_000
 
 
 @pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text(name)
-    return folder
+def tokenizer_dir(small_tokenizer_folder) -> Path:
+    return small_tokenizer_folder
 
 
 @pytest.fixture(scope="module")

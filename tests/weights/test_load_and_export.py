@@ -24,11 +24,9 @@ def random_params(config, dtype=np.float32):
 
 
 @pytest.fixture
-def tokenizer_dir(tokenizer_folder, tmp_path):
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(tokenizer_folder / name, folder / name)
+def tokenizer_dir(small_tokenizer_folder, tmp_path):
+    folder = shutil.copytree(small_tokenizer_folder, tmp_path / "tokenizer")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "notes.txt").write_text("stays at home")
     return folder
 
@@ -197,9 +195,16 @@ def test_what_does_not_fit_together_is_not_exported(tmp_path, tokenizer_dir):
         write_weights(mixed, config, tmp_path)
 
 
-def test_a_tokenizer_that_transformers_would_open_as_another_is_refused(tokenizer_dir, tmp_path):
+def test_a_tokenizer_that_transformers_would_open_as_another_is_refused(tokenizer_folder, tmp_path):
     """transformers 5 takes Qwen2Tokenizer for any text model of that family, whatever the folder says."""
     config = dataclasses.replace(ModelConfig(tiny(mrope_section=None).text), family="qwen2")
     with pytest.raises(ValueError, match=r"Qwen2Tokenizer\) cuts .* only be written with its family's own kind"):
-        export_folder(random_params(config), config, tokenizer_dir, None, tmp_path / "out")
+        export_folder(random_params(config), config, tokenizer_folder, None, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizer_folder, tmp_path):
+    config = tiny()
+    with pytest.raises(ValueError, match=r"has 32022 ids, and the model \d+ rows: it is another model's"):
+        export_folder(random_params(config), config, tokenizer_folder, SETTINGS, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
