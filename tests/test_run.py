@@ -32,6 +32,7 @@ def done(monkeypatch, tmp_path):
 
     monkeypatch.setattr(registry, "SETTINGS", dict(SETTINGS))
     monkeypatch.setattr(registry, "RUN", dict.fromkeys(SETTINGS, stub))
+    monkeypatch.setattr(registry, "CHECK", dict.fromkeys(SETTINGS, lambda stage: None))
     monkeypatch.setattr(report, "print_stage", lambda *_: None)
     monkeypatch.setattr(report, "print_table", lambda *_: None)
     monkeypatch.setattr(report, "write", lambda summary, root, resolved: root / "report.html")
@@ -156,3 +157,15 @@ def test_two_processes_do_not_share_a_folder(go, done, tmp_path):
         status, _, err = go()
         assert status == 1 and not done and "is in use by another process" in err
     assert go()[0] == 0
+
+
+def test_what_later_stages_refuse_is_told_before_the_first_one_runs(go, done, monkeypatch, tmp_path):
+    def refuse(stage):
+        raise ValueError(f"{stage.stage} cannot be")
+
+    for name in ("second", "third"):
+        monkeypatch.setitem(registry.CHECK, name, refuse)
+    for more in ((), ("--dry_run",)):
+        status, _, err = go(*more)
+        assert status == 1 and "second cannot be" in err and "third cannot be" in err
+    assert not done and not (tmp_path / "run").exists()
