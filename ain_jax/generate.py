@@ -21,7 +21,7 @@ import numpy as np
 
 from ain_jax.data.images import ImageSettings, open_image, preprocess
 from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions, visual_tokens
-from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles
+from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles, row_features
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig
 from ain_jax.models.multimodal import MultimodalModel
@@ -293,19 +293,6 @@ def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: i
                 )
             arrays["feature_index_BL"][row, :length][is_image_L] = index_M
     return arrays
-
-
-def row_features(features: Sequence[np.ndarray], P: int) -> np.ndarray:
-    """`feature_index` of each picture of a row of P patches: counted on over the pictures, P for the end of a line.
-
-    Pictures of 4 and 2 patches in a row of 8, each with one line end behind: 0 1 2 3 8 4 5 8
-    """
-    moved, first = [], 0
-    for index_M in features:
-        own = int(index_M.max())  # the picture's patches; every picture has a line end
-        moved.append(np.where(index_M == own, P, index_M + first))
-        first += own
-    return np.concatenate(moved)
 
 
 def prompt_positions(prompt: Prompt, config: ModelConfig) -> np.ndarray:

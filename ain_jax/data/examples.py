@@ -18,7 +18,14 @@ from PIL import Image
 from ain_jax.data import images, positions
 from ain_jax.data.formats import Record
 from ain_jax.data.packing import LINE_END, Segment
-from ain_jax.data.tiles import TileSettings, feature_index, placeholder_tokens, preprocess_tiles, tile_grid
+from ain_jax.data.tiles import (
+    TileSettings,
+    feature_index,
+    placeholder_tokens,
+    preprocess_tiles,
+    row_features,
+    tile_grid,
+)
 from ain_jax.tokenizer import chat
 
 PictureSettings = images.ImageSettings | TileSettings
@@ -71,7 +78,7 @@ class Examples:
                 assert settings is not None, "pictures need image settings"
                 record = self.records[int(self.record_S[s])]
                 try:
-                    fields = _laid(record.images, grids_m3, settings)
+                    fields = _laid(record.images, settings)
                 except ValueError as error:
                     raise ValueError(f"record {record.id}: {error}") from None
                 fields |= {
@@ -91,20 +98,14 @@ class Examples:
         return result
 
 
-def _laid(pictures: Sequence[bytes], grids_m3: np.ndarray, settings: PictureSettings) -> dict[str, Any]:
+def _laid(pictures: Sequence[bytes], settings: PictureSettings) -> dict[str, Any]:
     """The patches of an example's pictures, and of tiles which feature stands where."""
     if not isinstance(settings, TileSettings):
         return {"patches_PK": np.concatenate([images.preprocess(picture, settings)[0] for picture in pictures])}
     opened = [images.open_image(picture) for picture in pictures]
     indices = [feature_index(picture.height, picture.width, settings) for picture in opened]
-    counts = grids_m3.prod(axis=1)
-    firsts = np.cumsum(counts) - counts
-    moved = [
-        np.where(index_M == count, LINE_END, index_M + first)
-        for index_M, count, first in zip(indices, counts, firsts, strict=True)
-    ]
     patches = [preprocess_tiles(picture, settings)[0] for picture in opened]
-    return {"patches_PK": np.concatenate(patches), "features_M": np.concatenate(moved)}
+    return {"patches_PK": np.concatenate(patches), "features_M": row_features(indices, LINE_END)}
 
 
 def tokenise(

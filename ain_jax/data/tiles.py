@@ -169,6 +169,19 @@ def feature_index(height: int, width: int, settings: TileSettings) -> np.ndarray
     return np.concatenate([base, closed.reshape(-1)])
 
 
+def row_features(features: Sequence[np.ndarray], line_end: int) -> np.ndarray:
+    """`feature_index` of each picture, counted on over the pictures, and `line_end` for the end of a line.
+
+    That is P in a row of P patches. Pictures of 4 and 2 in a row of 8, each with one line end: 0 1 2 3 8 4 5 8
+    """
+    moved, first = [], 0
+    for index_M in features:
+        own = int(index_M.max())  # the picture's patches; every picture has a line end
+        moved.append(np.where(index_M == own, line_end, index_M + first))
+        first += own
+    return np.concatenate(moved)
+
+
 def placeholder_tokens(width: int, height: int, settings: TileSettings) -> int:
     """How many image tokens a picture of this size takes: 1176 for 336 x 336 pixels, 2928 for 672 x 672."""
     base = settings.side**2

@@ -29,8 +29,8 @@ from ain_jax.models.lora import Lora
 from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
 from ain_jax.tokenizer import chat, schedule
 from ain_jax.tokenizer import folder as tokenizer_files
+from ain_jax.tokenizer.align import token_bytes
 from ain_jax.tokenizer.extend import padded_vocab
-from ain_jax.tokenizer.lengths import token_bytes
 from ain_jax.tokenizer.schedule import Vocabulary
 from ain_jax.train import checkpoint, rows
 from ain_jax.train.loop import Trainer
@@ -203,6 +203,12 @@ class StageRun:
         return tokenizer_files.read_extension(self.tokenizer_folder)
 
     @functools.cached_property
+    def part_tokenizers(self) -> list[Any]:
+        """The tokenizer of each part of a stage whose vocabulary grows."""
+        sizes = self.get(Vocabulary).sizes(len(self.extension.pieces))
+        return [schedule.shorter(self.tokenizer, self.extension, size) for size in sizes]
+
+    @functools.cached_property
     def images(self) -> PictureSettings:
         """How pictures are cut: as the published model's processor does, else as the experiment says."""
         if self.base is None or self.config.vision is None:
@@ -212,7 +218,7 @@ class StageRun:
     @functools.cached_property
     def token_bytes_V(self) -> np.ndarray:
         """How many bytes of text each id stands for."""
-        return token_bytes(self.tokenizer, self.config.text.vocabulary)
+        return token_bytes(self.tokenizer.backend_tokenizer, self.config.text.vocabulary)
 
     @functools.cached_property
     def model(self) -> MultimodalModel:
@@ -260,11 +266,9 @@ class StageRun:
             records = kept
         tokenizer, mark = self.tokenizer, "/".join((mark, split, name))
         if part is not None:
-            vocabulary = self.get(Vocabulary)
-            pieces = vocabulary.sizes(len(self.extension.pieces))[part]
-            tokenizer = schedule.shorter(tokenizer, self.extension, pieces)
-            records = [records[i] for i in range(part, len(records), vocabulary.parts)]
-            mark += f"@{part}/{vocabulary.parts}"
+            tokenizer, parts = self.part_tokenizers[part], len(self.part_tokenizers)
+            records = [records[i] for i in range(part, len(records), parts)]
+            mark += f"@{part}/{parts}"
         images, cache = self._pictures(packing), self.root / "data" / "tokenised"
         kind = Path(name).stem if name.endswith(".jsonl") else kind
         return tokenise(records, kind, tokenizer, images, packing.row_tokens, mark, cache)

@@ -81,10 +81,11 @@ def run(stage: common.StageRun) -> dict[str, Any]:
     report = audit.audit(start, place, held_out, changed_share=settings.changed_share)
     report.raise_if_failed()
     bar.update()
-    before = inspect.fertility(base.open_base(start).backend, held_out)
+    old = base.open_base(start).backend
+    before = inspect.fertility(old, held_out)
     after = inspect.fertility(chat.load_tokenizer(place), held_out)
     bar.update()
-    made = _rows(stage, extension, texts, held_out) if stage.base else {}
+    made = _rows(stage, extension, old, texts, held_out) if stage.base else {}
     bar.update()
     bar.close()
     for line in inspect.table(before, after):
@@ -102,7 +103,11 @@ def run(stage: common.StageRun) -> dict[str, Any]:
 
 
 def _rows(
-    stage: common.StageRun, extension: folder.Extension, texts: Sequence[str], held_out: Mapping[str, Sequence[str]]
+    stage: common.StageRun,
+    extension: folder.Extension,
+    old: tokenizers.Tokenizer,
+    texts: Sequence[str],
+    held_out: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """The rows of the new pieces, written beside the tokenizer; what they are like and cost before any step."""
     assert stage.base is not None
@@ -110,10 +115,7 @@ def _rows(
     config = load.load_config(stage.base)
     params = load.load_params(stage.base, config, jnp.float32, stage.mesh)
     kept = [text for source in stage.get(Tokenizer).keep for text in _texts(stage, source, "train")]
-    old, new = (
-        base.open_base(stage.base).backend,
-        tokenizers.Tokenizer.from_file(str(extension.folder / "tokenizer.json")),
-    )
+    new = tokenizers.Tokenizer.from_file(str(extension.folder / "tokenizer.json"))
     first_token = examples.first_token(stage.tokenizer)
     corpus = embeddings.Corpus(old, new, texts, kept, first_token)
     spelt = embeddings.replaced(extension)

@@ -1,13 +1,11 @@
 """Bytes by id: summed over the ids of a text they give the bytes of the text, for both kinds of tokenizer."""
 
-from types import SimpleNamespace
-
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from ain_jax.tokenizer.lengths import token_bytes
+from ain_jax.tokenizer.align import token_bytes
 
 TEXTS = ("the old cat sat on the mat", "القط القديم على الحصيرة", "naïve café 2024")
 
@@ -62,14 +60,14 @@ def test_the_ids_of_a_text_add_up_to_its_bytes(kind, text):
     if kind == "SentencePiece":
         text = text.replace("▁", " ")  # such a tokenizer reads ▁ as a blank
     text = text.encode("utf-8", "ignore").decode()
-    bytes_V = token_bytes(SimpleNamespace(backend_tokenizer=tokenizer), 600)
+    bytes_V = token_bytes(tokenizer, 600)
     assert bytes_V[tokenizer.encode(text, add_special_tokens=False).ids].sum() == len(text.encode())
 
 
 def test_special_tokens_and_rows_without_an_id_count_nothing():
     tokenizer = KINDS["byte-level"]
     tokenizer.add_tokens(["extra word"])
-    bytes_V = token_bytes(SimpleNamespace(backend_tokenizer=tokenizer), 600)
+    bytes_V = token_bytes(tokenizer, 600)
     assert bytes_V[tokenizer.token_to_id("<s>")] == 0
     assert bytes_V[tokenizer.token_to_id("extra word")] == len("extra word")
     assert not bytes_V[tokenizer.get_vocab_size() :].any()
