@@ -4,7 +4,9 @@ Weights go tensor by tensor from the file to the devices: each process reads the
 turned as they are copied there, and cast and stacked there. The host holds one published tensor at a time, at most.
 """
 
+import ctypes
 import dataclasses
+import gc
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -85,7 +87,22 @@ def load_params(
             params[place.path] = _put(params[place.path], piece, jnp.int32(place.layer))
         # Else the host would read on and pile up what the devices have not taken yet.
         jax.block_until_ready(params[place.path])
+        del piece
+        _give_back()
     return unflatten_dict(params, sep="/")
+
+
+def _give_back() -> None:
+    """Hand what is no longer used to the system, so that the host holds a tensor and not the sum of many.
+
+    The buffers that a device has copied, or shares and has let go of, are freed when Python next collects, and by
+    itself it may do that after many tensors. Where the devices are a CPU, the C library keeps the pieces that were
+    turned and stacked there.
+    """
+    gc.collect(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _on_devices(tensor: Stored, layout: str, letters: dict[str, int], where: NamedSharding) -> jax.Array:

@@ -7,8 +7,9 @@ through each file's header and we read the bytes.
 
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 BUFFER_BYTES = 2**24
+MAPPED_BYTES = 2**20
 INDEX = "model.safetensors.index.json"
 
 
@@ -56,7 +58,7 @@ class Stored:
         for axis in range(last):
             starts = starts[..., None] + np.asarray(ranges[axis], np.int64) * strides[axis]
         starts = starts.reshape(-1) + (ranges[last].start * strides[last] if self.shape else 0)
-        array = np.empty([len(kept) for kept in ranges], self.dtype)
+        array = _buffer([len(kept) for kept in ranges], self.dtype)
         target = array.reshape(-1).view(np.uint8).data
         if len(target):
             run = len(target) // len(starts)
@@ -78,6 +80,20 @@ class Stored:
         rows = max(1, BUFFER_BYTES // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
         for first in range(0, self.shape[0], rows):
             yield self.read((slice(first, first + rows),))
+
+
+def _buffer(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array to read into. Large ones are mapped, so that the system has them back at once when they are let go.
+
+    An allocator keeps what it was given back, up to 32 MB apiece, and the host's memory would grow past one tensor.
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < MAPPED_BYTES:
+        return np.empty(shape, dtype)
+    mapped = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapped.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to be had and given back
+    return np.frombuffer(mapped, dtype, count).reshape(shape)
 
 
 def stored(folder: Path) -> list[Stored]:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from ain_jax.weights import shards
 from ain_jax.weights.load import read_slice
 from ain_jax.weights.shards import header
 from ain_jax.weights.table import rearrange
@@ -27,6 +28,13 @@ def tensors(tmp_path_factory):
     path = tmp_path_factory.mktemp("shards") / "model.safetensors"
     save_file(TENSORS, path, metadata={"format": "pt"})
     return {tensor.name: tensor for tensor in header(path)}
+
+
+def test_a_buffer_that_is_mapped_holds_the_same(tensors, monkeypatch):
+    monkeypatch.setattr(shards, "MAPPED_BYTES", 1)
+    for name, tensor in tensors.items():
+        if tensor.count:
+            assert np.array_equal(tensor.read(), TENSORS[name]) and tensor.read().dtype == TENSORS[name].dtype
 
 
 def test_the_header_says_what_each_tensor_is(tensors):
