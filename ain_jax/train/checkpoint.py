@@ -91,8 +91,9 @@ class Checkpoints:
         return unflatten_dict(flat)
 
     def _part(self, step: int, path: tuple[str, ...], like: Any) -> Any:
-        options = ocp.options.PyTreeOptions
-        with ocp.Context(pytree_options=options(loading=options.Loading(partial_load=True))):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             tree = unflatten_dict({path: _abstract(like)})
             (leaf,) = jax.tree.leaves(self._checkpointer.load(step, tree, checkpointable_name="params"))
         return leaf
