@@ -1,25 +1,25 @@
 """The one example type, Record, with its checks and its forms: tensorflow-datasets features, and lines of JSON."""
 
-import difflib
-import hashlib
 import io
-import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-
-from ain_jax.experiment import nearest
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 IMAGE = "<image>"  # where a picture stands in a message; the next of the record's pictures takes the place
+VIDEO = "<video>"  # likewise for a video
 ROLES = ("system", "user", "assistant")
 MAX_PIXELS = 40_000_000
-LINE_KEYS = ("id", "source", "language", "kind", "text", "messages", "rejected", "images")
-TOLD = 10  # faults of a file that are written out; of the others the number
+MAX_SIDE = 20_000  # pixels
+MAX_RATIO = 200  # of the longer side to the shorter: `images.smart_resize` can do no more
+# No others are tried: Pillow would start Ghostscript for an EPS file, and read much that no model was shown.
+PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # a camera's MPO counts as JPEG
+_PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # Image.open knows the last two once these are imported
+# What a builder stores for a record that has neither videos nor a verdict; `to_example` leaves these keys out then.
+NO_MEDIA: Mapping[str, Any] = {"frames": (), "frame_counts": (), "desirable": -1}
 
 
 @dataclass(frozen=True)
@@ -40,28 +40,45 @@ class Record:
     messages: tuple[Message, ...] = ()
     rejected: str = ""  # the worse last answer of a preference pair; the better one is the last message
     images: tuple[bytes, ...] = ()  # encoded files, one per "<image>", in order
+    videos: tuple[tuple[bytes, ...], ...] = ()  # the frames of each video, encoded files, one video per "<video>"
+    desirable: bool | None = None  # KTO's unpaired form: whether the last answer is a good one; elsewhere None
+
+
+class _RefusedError(Exception):
+    """A whole picture that is not read."""
 
 
 def open_picture(data: bytes, where: str) -> Image.Image:
-    """The picture as RGB, transparency on white; a ValueError names `where` if it is no whole picture."""
+    """The picture as RGB, transparency on white; a ValueError names `where` if it is no whole picture.
+
+    The contents decide, not the name of the file. Size is read from the head, so that what is too large is never
+    decoded. Of an animated file it is the first frame, as transformers takes it. Grey, palette and CMYK pictures are
+    converted. Pictures of one channel with more than 8 bits are refused: conversion clips all above 255 to white.
+    """
     if not data:
         raise ValueError(f"{where}: picture of 0 bytes; expected an encoded file such as PNG or JPEG")
     try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(
-                f"{where}: picture of {picture.width} x {picture.height} pixels; "
-                f"at most {MAX_PIXELS:,} pixels are read: shrink it"
-            )
-        picture.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are refused below, and of odd notes in a file
+            picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+            wrong = _size_fault(*picture.size) or _depth_fault(picture.mode)
+            if wrong:
+                raise _RefusedError(wrong)
+            picture.load()
     except UnidentifiedImageError:
         raise ValueError(
             f"{where}: {len(data)} bytes that begin with {data[:8]!r} are no picture; "
             "expected an encoded file such as PNG or JPEG"
         ) from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:  # Pillow does not open what has more than 178 million pixels
+        told = f"picture of far more than {MAX_PIXELS:,} pixels; at most so many are read: shrink it"
+        raise ValueError(f"{where}: {told}") from None
+    except _RefusedError as error:
+        raise ValueError(f"{where}: {error}") from None
+    except Exception as error:  # decoders raise whatever a damaged file leads them to, KeyError and struct.error too
         raise ValueError(
-            f"{where}: broken picture of {len(data)} bytes ({error}); replace the file or drop the record"
+            f"{where}: broken picture of {len(data)} bytes ({str(error) or type(error).__name__}); "
+            "replace the file or drop the record"
         ) from None
     if picture.mode == "RGB":
         return picture
@@ -70,6 +87,23 @@ def open_picture(data: bytes, where: str) -> Image.Image:
         ground = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(ground, picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def _size_fault(width: int, height: int) -> str:
+    size = f"picture of {width} x {height} pixels"
+    if width * height > MAX_PIXELS:
+        return f"{size}; at most {MAX_PIXELS:,} pixels are read: shrink it"
+    if max(width, height) > MAX_SIDE:
+        return f"{size}; a side of at most {MAX_SIDE:,} pixels is read: shrink it"
+    if max(width, height) > MAX_RATIO * min(width, height):
+        return f"{size}; one side may be at most {MAX_RATIO} times the other: cut it"
+    return ""
+
+
+def _depth_fault(mode: str) -> str:
+    if mode == "F" or mode.startswith("I"):  # "I", "I;16", "I;16B" ...
+        return f"picture of mode {mode!r}, with more than 8 bits a channel, would turn white: save it with 8 bits"
+    return ""
 
 
 def faults(record: Record, pictures: bool = True) -> list[str]:
@@ -101,15 +135,44 @@ def faults(record: Record, pictures: bool = True) -> list[str]:
         found.append(f'{places} "{IMAGE}" but {_count(len(record.images), "picture")}; each picture needs one')
     if record.images and not record.messages:
         found.append("pictures beside plain text are not read; give messages, and the pictures in them")
-    if IMAGE in record.rejected:
-        found.append(f'the rejected answer holds "{IMAGE}"; an answer cannot hold a picture')
+    films = record.text.count(VIDEO) + sum(m.content.count(VIDEO) for m in record.messages)
+    if films != len(record.videos):
+        found.append(f'{films} "{VIDEO}" but {_count(len(record.videos), "video")}; each video needs one')
+    if record.videos and not record.messages:
+        found.append("videos beside plain text are not read; give messages, and the videos in them")
+    if IMAGE in record.rejected or VIDEO in record.rejected:
+        place = IMAGE if IMAGE in record.rejected else VIDEO
+        found.append(f'the rejected answer holds "{place}"; an answer cannot hold a picture')
+    if record.desirable is not None and roles[-1:] != ["assistant"]:
+        found.append(
+            "a verdict on the last answer, but the last message is no assistant turn; the answer belongs there"
+        )
+    if record.desirable is not None and record.rejected:
+        found.append("a verdict on the last answer and a rejected answer are both given; keep one")
+    found += [f"video {i} has no frames; give one or more" for i, frames in enumerate(record.videos) if not frames]
     if pictures:
-        for i, data in enumerate(record.images):
+        named = [(f"picture {i}", data) for i, data in enumerate(record.images)]
+        for i, frames in enumerate(record.videos):
+            named += [(f"video {i}, frame {k}", data) for k, data in enumerate(frames)]
+        opened: dict[str, tuple[int, int]] = {}
+        for name, data in named:
             try:
-                open_picture(data, f"picture {i}")
+                opened[name] = open_picture(data, name).size
             except ValueError as error:
                 found.append(str(error))
+        for i, frames in enumerate(record.videos):
+            sizes = [opened.get(f"video {i}, frame {k}") for k in range(len(frames))]
+            found += video_faults(f"video {i}", sizes)
     return found
+
+
+def video_faults(name: str, sizes: Sequence[tuple[int, int] | None]) -> list[str]:
+    """What is wrong with a video whose frames have these sizes (None: a broken one): all must have one size."""
+    for k, size in enumerate(sizes):
+        if size and sizes[0] and size != sizes[0]:
+            told = " and ".join(f"frame {i} has {w} x {h} pixels" for i, (w, h) in ((k, size), (0, sizes[0])))
+            return [f"{name}: {told}; expected one size for all frames"]
+    return []
 
 
 def validate(record: Record, pictures: bool = True) -> None:
@@ -120,7 +183,16 @@ def validate(record: Record, pictures: bool = True) -> None:
 
 
 def to_example(record: Record) -> dict[str, Any]:
-    """The record as the features that the dataset builders write."""
+    """The record as the features that the dataset builders write.
+
+    A video's frames lie one after another in `frames`, `frame_counts` has one number a video; `desirable` is 1, 0, or
+    -1 for None. A record with neither lacks these keys: `{**NO_MEDIA, **to_example(record)}` has them always.
+    """
+    media = {
+        "frames": [frame for video in record.videos for frame in video],
+        "frame_counts": [len(video) for video in record.videos],
+        "desirable": -1 if record.desirable is None else int(record.desirable),
+    }
     return {
         "id": record.id,
         "source": record.source,
@@ -130,11 +202,16 @@ def to_example(record: Record) -> dict[str, Any]:
         "messages": [{"role": m.role, "content": m.content} for m in record.messages],
         "rejected": record.rejected,
         "images": list(record.images),
+        **(media if record.videos or record.desirable is not None else {}),
     }
 
 
 def from_example(example: Mapping[str, Any]) -> Record:
-    """The record that `to_example` took apart, from what a reader gives: str or bytes, a dict or a list."""
+    """The record that `to_example` took apart, from what a reader gives: str or bytes, a dict or a list.
+
+    The keys of NO_MEDIA may be lacking.
+    """
+    example = {**NO_MEDIA, **example}
     messages = example["messages"]
     if isinstance(messages, Mapping):  # tensorflow-datasets gives a sequence of dicts as a dict of sequences
         pairs = list(zip(messages["role"], messages["content"], strict=True))
@@ -149,140 +226,17 @@ def from_example(example: Mapping[str, Any]) -> Record:
         messages=tuple(Message(_text(role), _text(content)) for role, content in pairs),
         rejected=_text(example["rejected"]),
         images=tuple(bytes(data) for data in example["images"]),
+        videos=videos_of(example["frames"], example["frame_counts"]),
+        desirable=None if int(example["desirable"]) < 0 else bool(example["desirable"]),
     )
 
 
-def read_jsonl(path: Path) -> list[Record]:
-    """The records of a file of JSON lines; a ValueError tells what is wrong with each of its lines, as file:line.
-
-    A line is an object with `text`, or with `messages` ([{"role", "content"}]) and perhaps `rejected` and `images`
-    (paths relative to the file, one per "<image>"). `id`, `source`, `language` and `kind` may be left out. Blank lines
-    are passed over.
-
-        {"messages": [{"role": "user", "content": "<image> What is this?"}, {"role": "assistant", "content": "A cat"}],
-         "images": ["cat.png"], "language": "en"}                                  (in the file on one line)
-    """
-    path = Path(path)
-    records, found, first = [], [], {}
-    for number, line in _lines(path):
-        values, faulty = _line_values(line, path.parent)
-        name = values.get("id") or f"{path.name}:{number}"
-        if name in first:
-            faulty.append(f"id {name!r} stands in line {first[name]} already; every record needs a name of its own")
-        first.setdefault(name, number)
-        if not faulty:
-            default: dict[str, Any] = {
-                "source": path.stem,
-                "language": "und",
-                "kind": "pair" if values.get("rejected") else "example",
-            }
-            record = Record(**{**default, **values, "id": name})
-            faulty = faults(record, pictures=False)  # they have been opened by the name of their file
-            records.append(record)
-        found += [f"{path}:{number}: {fault}" for fault in faulty]
-    if not first:
-        raise ValueError(f"{path}: no line that is not blank; expected one JSON object a line")
-    if found:
-        more = [f"and {len(found) - TOLD} more"] if len(found) > TOLD else []
-        raise ValueError("\n".join([*found[:TOLD], *more]))
-    return records
-
-
-def file_mark(path: Path) -> str:
-    """A digest that changes with the bytes of a JSON-lines file and of the pictures that it names."""
-    digest = hashlib.sha256()
-    for _, line in _lines(Path(path)):
-        digest.update(line + b"\n")
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue  # `read_jsonl` tells it
-        names = value.get("images") if isinstance(value, dict) else None
-        for name in names if isinstance(names, list) else ():
-            picture = Path(path).parent / str(name)
-            digest.update(hashlib.sha256(picture.read_bytes() if picture.is_file() else b"").digest())
-    return digest.hexdigest()[:16]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes) of each line that is not blank."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        beside = sorted(p.name for p in path.parent.glob("*.jsonl"))
-        hint = f"; {nearest(path.name, beside)} in {path.parent}" if beside else ""
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}){hint}") from None
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield number, line.strip()
-
-
-def _line_values(line: bytes, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What a line gives, in a Record's types, and all that is wrong with it."""
-    found: list[str] = []
-
-    def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        found.extend(f"the key {key!r} stands more than once" for key in sorted({k for k in keys if keys.count(k) > 1}))
-        return dict(pairs)
-
-    try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=no_key_twice)
-    except UnicodeDecodeError as error:
-        return {}, [f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"]
-    except json.JSONDecodeError as error:
-        return {}, [f"not JSON: {error.msg} at character {error.colno} of {_short(line.decode('utf-8'))}"]
-    except RecursionError:
-        return {}, ["not a record: brackets within brackets without end"]
-    if not isinstance(value, dict):
-        return {}, [f'expected a JSON object such as {{"text": ...}}, found {_short(value)}']
-    found += _key_faults(value, LINE_KEYS)
-    for key in ("id", "source", "language", "kind", "text", "rejected"):
-        if key in value and not (isinstance(value[key], str) and value[key].strip()):
-            found.append(f"{key} = {_short(value.pop(key))}: expected text that is not blank, or no such key")
-    messages, images = value.get("messages", []), value.get("images", [])
-    if not isinstance(messages, list) or ("messages" in value and not messages):
-        found.append(f'messages = {_short(messages)}: expected a list of {{"role": ..., "content": ...}}')
-        messages = []
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        found.append(f"images = {_short(images)}: expected a list of paths")
-        images = []
-    turns = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            expected = f'{{"role": text, "content": text}}, with {IMAGE} where a picture stands'
-            found.append(f"message {i} = {_short(message)}: expected {expected}")
-            continue
-        found += [f"message {i}: {fault}" for fault in _key_faults(message, ("role", "content"))]
-        turns.append(Message(message["role"], message["content"]))
-    pictures = [_picture(name, folder, found) for name in images]
-    kept = {k: value[k] for k in LINE_KEYS if k in value and k not in ("messages", "images")}
-    return kept | {"messages": tuple(turns), "images": tuple(pictures)}, found
-
-
-def _key_faults(value: Mapping[str, Any], known: Sequence[str]) -> list[str]:
-    return [f"unknown key {key!r}: {nearest(key, known)}" for key in value if key not in known]
-
-
-def _picture(name: str, folder: Path, found: list[str]) -> bytes:
-    """The bytes of a picture's file; what is wrong with it is added to `found`."""
-    path = folder / name
-    if not path.is_file():
-        beside = [p.name for p in itertools.islice(path.parent.glob("*.*"), 500)]
-        close = difflib.get_close_matches(path.name, beside, n=1)
-        found.append(f"no picture {name!r} in {folder}" + (f": did you mean {close[0]!r}?" if close else ""))
-        return b""
-    data = path.read_bytes()
-    try:
-        open_picture(data, f"picture {name!r}")
-    except ValueError as error:
-        found.append(str(error))
-    return data
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+def videos_of(frames: Sequence[bytes], counts: Sequence[int]) -> tuple[tuple[bytes, ...], ...]:
+    """The frames of each video: 5 frames counted (2, 3) make two videos."""
+    if sum(counts) != len(frames):
+        raise ValueError(f"{len(frames)} frames, but the counts {list(counts)} of the videos say {sum(counts)}")
+    left = iter(frames)
+    return tuple(tuple(bytes(next(left)) for _ in range(count)) for count in counts)
 
 
 def _text(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ain_jax.data.formats import PICTURE_FORMATS
 from ain_jax.data.positions import Grid, feature_count
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -108,7 +109,7 @@ def open_image(image: Image.Image | bytes) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     try:
-        return Image.open(io.BytesIO(image))
+        return Image.open(io.BytesIO(image), formats=PICTURE_FORMATS)
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(
             f"{len(image)} bytes beginning with {image[:8]!r} are no picture that Pillow reads; "

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -10,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from ain_jax.data import formats
+from ain_jax.data import files, formats, forms, forms_record
 from ain_jax.data.formats import (
+    NO_MEDIA,
     Message,
     Record,
     faults,
-    file_mark,
     from_example,
     open_picture,
-    read_jsonl,
     to_example,
     validate,
 )
@@ -44,6 +44,9 @@ TALK = Record(
     ),
     images=(png(),),
 )
+FILM = Record(
+    "r3", "s", "en", "k", messages=(Message("user", "<video>?"), Message("assistant", "x")), videos=((png(),),)
+)
 TEXT = Record("r2", "udhr", "en", "prose", text="All human beings")
 
 
@@ -51,6 +54,8 @@ def test_sound_records_pass():
     validate(TALK)
     validate(TEXT)
     validate(replace(TALK, rejected="dog"))
+    validate(replace(TALK, desirable=False))
+    validate(FILM)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,21 @@ def test_sound_records_pass():
         (replace(TALK, images=(b"",)), "picture 0: picture of 0 bytes"),
         (replace(TALK, images=(b"GIF nonsense",)), "are no picture"),
         (replace(TEXT, text="a <image>", images=(png(),)), "pictures beside plain text are not read; give messages"),
+        (replace(TALK, videos=((png(),),)), '0 "<video>" but 1 video; each video needs one'),
+        (replace(FILM, videos=()), '1 "<video>" but 0 videos; each video needs one'),
+        (replace(FILM, videos=((),)), "video 0 has no frames; give one or more"),
+        (replace(FILM, videos=((png(), b"x"),)), "video 0, frame 1: 1 bytes that begin with b'x' are no picture"),
+        (
+            replace(FILM, videos=((png(), png(size=(8, 7))),)),
+            "video 0: frame 1 has 8 x 7 pixels and frame 0 has 8 x 6 pix",
+        ),
+        (replace(TEXT, text="a <video>", videos=((png(),),)), "videos beside plain text are not read; give messages"),
+        (replace(TALK, rejected="<video>"), 'the rejected answer holds "<video>"; an answer cannot hold a picture'),
+        (
+            replace(TALK, messages=TALK.messages[:4], desirable=True),
+            "a verdict on the last answer, but the last message",
+        ),
+        (replace(TALK, rejected="dog", desirable=False), "a verdict on the last answer and a rejected answer are both"),
     ],
 )
 def test_each_fault_is_told(record, told):
@@ -104,6 +124,54 @@ def test_huge_picture_is_refused_before_it_is_decoded(monkeypatch):
         open_picture(data, "row 1")
 
 
+def sized(width, height) -> bytes:
+    """A PNG whose head tells this size, with the pixels of a small one."""
+    data = bytearray(png())
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "size, told",
+    [
+        ((30_000, 30_000), "picture of far more than 40,000,000 pixels; at most so many are read: shrink it"),
+        ((30_000, 4_000), "picture of 30000 x 4000 pixels; at most 40,000,000 pixels are read: shrink it"),
+        ((30_000, 1_000), "picture of 30000 x 1000 pixels; a side of at most 20,000 pixels is read: shrink it"),
+        ((10_000, 40), "picture of 10000 x 40 pixels; one side may be at most 200 times the other: cut it"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_huge_sides_are_refused_by_the_head_alone(monkeypatch, size, told):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ValueError) as error:
+        open_picture(sized(*size), "x")
+    assert str(error.value) == f"x: {told}"
+
+
+def saved(kind, picture, **more) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def test_odd_pictures():
+    still, moved = (Image.new("RGB", (8, 6), colour) for colour in ("red", "blue"))
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):  # the first frame
+        data = saved(kind, still, save_all=True, append_images=[moved])
+        assert np.asarray(open_picture(data, "x")).reshape(-1, 3).max(0)[0] > 200
+    # Inks, as Pillow turns them into light: none is white, all cyan leaves no red.
+    inks = Image.fromarray(np.full((8, 8, 4), [255, 0, 0, 0], np.uint8), "CMYK")
+    assert open_picture(saved("TIFF", inks), "x").getpixel((3, 3)) == (0, 255, 255)
+    assert open_picture(saved("BMP", still), "a.jpg").getpixel((0, 0)) == (255, 0, 0)  # contents decide
+    deep = Image.fromarray(np.full((4, 4), 300, np.uint16))
+    for kind in ("PNG", "TIFF"):
+        with pytest.raises(ValueError, match="^x: picture of mode 'I;16', with more than 8 bits a channel, would turn"):
+            open_picture(saved(kind, deep), "x")
+    with pytest.raises(ValueError, match="are no picture"):  # Pillow would start Ghostscript
+        open_picture(saved("EPS", still), "x")
+
+
 def test_transparency_is_laid_on_white():
     assert open_picture(png("RGBA", colour=(0, 0, 0, 0)), "x").getpixel((0, 0)) == (255, 255, 255)
     assert open_picture(png("L", colour=7), "x").getpixel((0, 0)) == (7, 7, 7)
@@ -125,6 +193,8 @@ records = st.builds(
     messages=st.lists(st.builds(Message, text, text)).map(tuple),
     rejected=text,
     images=st.lists(st.binary()).map(tuple),
+    videos=st.lists(st.lists(st.binary(max_size=3), max_size=3).map(tuple), max_size=3).map(tuple),
+    desirable=st.sampled_from([None, True, False]),
 )
 
 
@@ -136,9 +206,20 @@ def test_example_and_back(record):
     as_read = {  # what tensorflow-datasets gives back: bytes, and a dict of sequences
         **{k: v.encode() for k, v in example.items() if isinstance(v, str)},
         "messages": {key: [m[key].encode() for m in example["messages"]] for key in ("role", "content")},
-        "images": example["images"],
+        **{key: np.array(example[key], object) for key in ("images", "frames") if key in example},
+        **{key: np.array(example[key]) for key in ("frame_counts", "desirable") if key in example},
     }
     assert from_example(as_read) == record
+    assert NO_MEDIA.keys() & example.keys() == (
+        NO_MEDIA.keys() if record.videos or record.desirable is not None else set()
+    )
+
+
+def test_videos_are_stored_as_frames_and_counts():
+    example = to_example(replace(FILM, videos=((b"a", b"b"), (b"c",)), desirable=True))
+    assert (example["frames"], example["frame_counts"], example["desirable"]) == ([b"a", b"b", b"c"], [2, 1], 1)
+    with pytest.raises(ValueError, match=r"3 frames, but the counts \[2, 2\] of the videos say 4"):
+        from_example(example | {"frame_counts": [2, 2]})
 
 
 # Files of JSON lines
@@ -158,9 +239,24 @@ def write(folder, *lines):
     return path
 
 
+def read(path):
+    """The records of the file; one ValueError of all its faults."""
+    records, found = [], []
+    for row in (row for part in files.parts(files.find(str(path)), 1) for row in files.rows(part)):
+        try:
+            if row.values is None:
+                raise ValueError(f"{row.where}: {row.fault}")
+            records.append(forms.to_record(row, "record", "talks"))
+        except ValueError as error:
+            found.append(str(error))
+    if found:
+        raise ValueError("\n".join(found))
+    return records
+
+
 def told(path):
     with pytest.raises(ValueError) as error:
-        read_jsonl(path)
+        read(path)
     return str(error.value)
 
 
@@ -173,13 +269,13 @@ def test_lines_become_records(tmp_path, monkeypatch):
         {"id": "x", "messages": ASKED, "images": ["pictures/cat.png"], "language": "en", "source": "s", "kind": "k"},
         {"messages": SPOKEN, "rejected": "No"},
     )
-    plain, asked, pair = read_jsonl(path)
+    plain, asked, pair = read(path)
     assert plain == Record("talks.jsonl:1", "talks", "und", "example", text="قطة")
     messages = tuple(Message(**message) for message in ASKED)
     assert asked == Record("x", "s", "en", "k", messages=messages, images=(png(),))
     assert (pair.id, pair.kind, pair.rejected) == ("talks.jsonl:4", "pair", "No")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as an editor on Windows saves it
-    assert read_jsonl(path) == [plain, asked, pair]
+    assert read(path) == [plain, asked, pair]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +291,6 @@ def test_lines_become_records(tmp_path, monkeypatch):
         ({"text": ""}, 'text = "": expected text that is not blank, or no such key'),
         ({"text": 3}, "text = 3: expected text"),
         ({"text": "a", "id": ["x"]}, 'id = ["x"]: expected text'),
-        ({"text": "a", "language": None}, "language = null: expected text"),
         ({}, "text and messages are both empty; one is needed"),
         ({"text": "a", "messages": SPOKEN}, "text and messages are both given; keep one"),
         ({"text": "<image>"}, '1 "<image>" but 0 pictures; each picture needs one'),
@@ -223,60 +318,20 @@ def test_each_fault_of_a_line_is_told_with_its_place(tmp_path, line, fault):
     path = write(tmp_path, {"text": "sound"}, line)
     message = told(path)
     assert fault in message
-    assert all(line.startswith(f"{path}:2: ") for line in message.splitlines())
-
-
-def test_the_faults_of_all_lines_are_told_at_once(tmp_path):
-    path = write(tmp_path, {"txt": "a", "id": 3}, {"text": "sound"}, {"messages": SPOKEN[:1]})
-    places = [line.removeprefix(f"{path}:").partition(":")[0] for line in told(path).splitlines()]
-    assert places == ["1", "1", "3"]
-    path = write(tmp_path, *[{"messages": SPOKEN[:1]}] * 14)
-    lines = told(path).splitlines()
-    assert len(lines) == 11 and lines[9].startswith(f"{path}:10: ") and lines[10] == "and 4 more"
-
-
-def test_two_records_of_one_name_are_refused(tmp_path):
-    path = write(tmp_path, {"text": "a", "id": "x"}, {"text": "b"}, {"text": "c", "id": "x"})
-    assert told(path) == f"{path}:3: id 'x' stands in line 1 already; every record needs a name of its own"
+    assert all(line.startswith("talks.jsonl:2: ") for line in message.splitlines())
 
 
 def test_a_torn_picture_is_told_by_its_name(tmp_path):
     path = write(tmp_path, {"messages": ASKED, "images": ["pictures/cat.png"]})
     (tmp_path / "pictures" / "cat.png").write_bytes(png()[:48])
-    assert told(path).startswith(f"{path}:1: picture 'pictures/cat.png': broken picture of 48 bytes")
-
-
-def test_a_missing_or_empty_file_is_refused(tmp_path):
-    path = write(tmp_path, {"text": "a"})
-    assert "talk.jsonl: cannot be read (No such file or directory); did you mean 'talks.jsonl'?" in told(
-        tmp_path / "talk.jsonl"
-    )
-    for nothing in (b"", b"\n \n"):
-        path.write_bytes(nothing)
-        assert told(path) == f"{path}: no line that is not blank; expected one JSON object a line"
-
-
-def test_the_mark_changes_with_every_byte_of_file_and_pictures(tmp_path):
-    line = {"messages": ASKED, "images": ["pictures/cat.png"]}
-    path = write(tmp_path, line)
-    marks = [file_mark(path)]
-    assert file_mark(path) == marks[0]
-    (tmp_path / "pictures" / "cat.png").write_bytes(png(colour="green"))
-    marks.append(file_mark(path))
-    path = write(tmp_path, line | {"images": ["pictures/dog.png"]})
-    marks.append(file_mark(path))
-    path = write(tmp_path, line, {"text": "more"})
-    marks.append(file_mark(path))
-    assert len(set(marks)) == 4
-    with pytest.raises(ValueError, match="cannot be read"):
-        file_mark(tmp_path / "none.jsonl")
+    assert told(path).startswith("talks.jsonl:1: picture 'pictures/cat.png': broken picture of 48 bytes")
 
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=4),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*formats.LINE_KEYS, "role", "content"]), inner, max_size=4)
+        | st.dictionaries(st.sampled_from([*forms_record.LINE_KEYS, "role", "content"]), inner, max_size=4)
     ),
     max_leaves=12,
 )
@@ -287,6 +342,6 @@ anything = st.recursive(
 def test_whatever_a_line_holds_it_is_read_or_refused_in_words(tmp_path_factory, lines):
     path = write(tmp_path_factory.mktemp("lines"), *lines)
     try:
-        assert [faults(record) for record in read_jsonl(path)] == [[]] * len(lines)
+        assert [faults(record) for record in read(path)] == [[]] * len(lines)
     except ValueError as error:
-        assert str(error).startswith(str(path))
+        assert str(error).startswith("talks.jsonl:")

@@ -1,0 +1,147 @@
+"""Bytes of the pictures and of the videos' frames that a row names, each opened once to know that it is whole."""
+
+import base64
+import binascii
+import difflib
+import itertools
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
+
+from etils import epath
+
+from ain_jax.data.files_text import is_remote, short
+from ain_jax.data.formats import open_picture, video_faults
+
+MAX_FILE = 256 * 2**20  # bytes of a picture's file
+VIDEO_FILES = frozenset((".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"))
+
+
+def picture(ref: Any, folder: str, members: Mapping[str, bytes], found: list[str]) -> bytes:
+    """The encoded picture that `ref` names; what is wrong with it is added to `found`."""
+    return _opened(ref, folder, members, found)[0]
+
+
+def video(ref: Any, folder: str, members: Mapping[str, bytes], found: list[str]) -> tuple[bytes, ...]:
+    """The encoded frames of a video: a list of pictures, or a folder of them, taken in the order of their names.
+
+    Files of videos are not decoded.
+    """
+    told = f"video {_name(ref)}"
+    if isinstance(ref, str):
+        try:
+            path = epath.Path(_path(ref, folder))
+            is_folder = path.is_dir()
+        except (OSError, ValueError, ImportError) as error:
+            found.append(f"{told}: {getattr(error, 'strerror', None) or error}")
+            return ()
+        suffix = os.path.splitext(ref)[1].lower()
+        if suffix in VIDEO_FILES or "://" in ref.removeprefix("gs://") or not is_folder:
+            what = "files of videos are not decoded" if suffix in VIDEO_FILES else f"no such folder in {folder or '.'}"
+            found.append(f"{told}: {what}; give a list of its frames as pictures, or a folder of them")
+            return ()
+        ref = [str(frame) for frame in sorted(path.iterdir()) if not frame.name.startswith(".")]
+    if not isinstance(ref, list | tuple) or not ref:
+        found.append(f"{told}: expected a list of its frames as pictures, or a folder of them; one frame or more")
+        return ()
+    opened = [_opened(frame, folder, members, found) for frame in ref]
+    found += video_faults(told, [size for _, size in opened])
+    return tuple(data for data, _ in opened)
+
+
+def _opened(
+    ref: Any, folder: str, members: Mapping[str, bytes], found: list[str]
+) -> tuple[bytes, tuple[int, int] | None]:
+    """(bytes, width and height), or None for the size of one that is broken."""
+    try:
+        data = _bytes(ref, folder, members)
+        return data, open_picture(data, f"picture {_name(ref)}").size
+    except ValueError as error:
+        found.append(str(error))
+        return b"", None
+
+
+def _bytes(ref: Any, folder: str, members: Mapping[str, bytes]) -> bytes:
+    if isinstance(ref, Mapping):  # as Hugging Face's datasets stores a picture
+        for key in ("bytes", "path", "url", "image"):
+            if ref.get(key) is not None:
+                return _bytes(ref[key], folder, members)
+    if isinstance(ref, bytes | bytearray | memoryview):
+        return bytes(ref)
+    if not isinstance(ref, str) or not ref.strip():
+        raise ValueError(f"picture {_name(ref)}: expected a path, a data: URL, or an encoded file's bytes")
+    if ref[:5].lower() == "data:":
+        return _data_url(ref)
+    if ref[:7].lower() in ("http://", "https:/"):
+        raise ValueError(f"picture {_name(ref)}: nothing is fetched from the web; load the file and give its path")
+    for name in (ref, ref.removeprefix("./"), os.path.basename(ref)):
+        for member, data in members.items():
+            if name in (member, member.removeprefix("./"), os.path.basename(member)):
+                return data
+    return _file(ref, folder)
+
+
+def _data_url(ref: str) -> bytes:
+    head, comma, body = ref.partition(",")
+    try:
+        if not comma:
+            raise ValueError("no comma")
+        return base64.b64decode("".join(body.split()), validate=True) if ";base64" in head else unquote_to_bytes(body)
+    except (ValueError, binascii.Error) as error:
+        raise ValueError(
+            f"picture {_name(ref)}: a broken data: URL ({error}); expected data:image/png;base64,..."
+        ) from None
+
+
+def _path(ref: str, folder: str) -> str:
+    ref = unquote(ref[7:]) if ref[:7].lower() == "file://" else ref
+    return ref if is_remote(ref) or os.path.isabs(ref) or not folder else f"{folder.rstrip('/')}/{ref}"
+
+
+def _file(ref: str, folder: str) -> bytes:
+    path = _path(ref, folder)
+    try:
+        if is_remote(path):
+            if not epath.Path(path).is_file():
+                raise ValueError(f"no picture {_name(ref)} in {folder or '.'}")
+            return epath.Path(path).read_bytes()
+        if not os.path.isfile(path):
+            raise ValueError(f"no picture {_name(ref)} in {folder or '.'}{_near(path)}")
+        size = os.path.getsize(path)
+        if size > MAX_FILE:
+            raise ValueError(f"picture {_name(ref)}: {size:,} bytes; at most {MAX_FILE:,} are read")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"picture {_name(ref)}: cannot be read ({error.strerror or error})") from None
+    except (ImportError, RuntimeError, TypeError) as error:  # what reaches gs:// and the like is not installed
+        raise ValueError(f"picture {_name(ref)}: cannot be read ({error})") from None
+    except ValueError as error:
+        raise ValueError(str(error) if "picture" in str(error) else f"picture {_name(ref)}: {error}") from None
+
+
+def _near(path: str) -> str:
+    """A clause with the name in the same folder that is most like a missing one."""
+    folder, name = os.path.split(path)
+    close = difflib.get_close_matches(name[:100], _beside(folder), n=1)
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
+@lru_cache(maxsize=64)  # a set may lack a million pictures of one folder
+def _beside(folder: str) -> tuple[str, ...]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return tuple(entry.name for entry in itertools.islice(entries, 500))
+    except OSError:
+        return ()
+
+
+def _name(ref: Any) -> str:
+    """How a picture is called in messages."""
+    if isinstance(ref, Mapping) and isinstance(ref.get("path"), str):
+        ref = ref["path"]
+    if isinstance(ref, bytes | bytearray | memoryview):
+        return f"of {len(ref)} bytes"
+    return repr(ref if len(ref) <= 80 else ref[:77] + "...") if isinstance(ref, str) else short(ref)
