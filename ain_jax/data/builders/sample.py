@@ -5,25 +5,24 @@ folder of another name and renames it at the end, and the folder's name carries 
 parameters and of the data.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging as absl_logging
 from etils import epath
-from tensorflow_datasets.core.utils import tqdm_utils
-from tensorflow_datasets.proto import tf_example_pb2
 
 from ain_jax import sample
 from ain_jax.data import formats, render
-from ain_jax.data.builders import sample_records
+from ain_jax.data.builders import coding, features, sample_records
+from ain_jax.data.builders.coding import parse
+from ain_jax.data.builders.records import Records, records
 from ain_jax.data.builders.sample_records import KINDS, SampleParams
-from ain_jax.data.formats import Message, Record
+from ain_jax.data.formats import Record
+
+__all__ = ["Records", "Sample", "SampleConfig", "SampleParams", "build", "fingerprint", "parse", "records"]
 
 
 def fingerprint(params: SampleParams) -> str:
@@ -31,7 +30,7 @@ def fingerprint(params: SampleParams) -> str:
     digest = hashlib.sha256(repr(dataclasses.astuple(params)).encode())
     for path in (
         sample.FOLDER / "manifest.json",
-        *(Path(m.__file__ or "") for m in (formats, render, sample_records)),
+        *(Path(m.__file__ or "") for m in (formats, render, sample_records, coding)),
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
@@ -50,18 +49,7 @@ class Sample(tfds.core.GeneratorBasedBuilder):
     pkg_dir_path = epath.Path(__file__).parent  # tensorflow-datasets looks for its own notes here; there are none
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        features = {
-            "id": text,
-            "source": text,
-            "language": text,
-            "kind": text,
-            "text": text,
-            "messages": tfds.features.Sequence({"role": text, "content": text}),
-            "rejected": text,
-            "images": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3), encoding_format="png")),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(builder=self, features=features.features())
 
     def _split_generators(self, dl_manager):
         _, splits = KINDS[self._sample_config.kind]
@@ -80,7 +68,7 @@ class Sample(tfds.core.GeneratorBasedBuilder):
             formats.validate(record, pictures=False)  # they have just been drawn
             if self.on_record is not None:
                 self.on_record(record)
-            yield record.id, formats.to_example(record)
+            yield record.id, features.all_features(record)
 
     def _log_download_bytes(self) -> None:
         """Nothing: there is no download to announce on standard output."""
@@ -104,7 +92,7 @@ def build(
         raise ValueError(f"sample data {config_name!r}: no such kind; there are {', '.join(KINDS)}")
     params = params or SampleParams()
     config = SampleConfig(name=f"{config_name}-{fingerprint(params)}", kind=config_name, params=params)
-    with _quiet():
+    with features.quiet():
         builder = Sample(config=config, data_dir=str(data_dir), file_format="array_record")
         target = Path(builder.data_dir)
         if not (target / "dataset_info.json").is_file():  # written before the folder gets its name
@@ -116,59 +104,3 @@ def build(
             shutil.rmtree(downloads, ignore_errors=True)
             builder = Sample(config=config, data_dir=str(data_dir), file_format="array_record")
     return builder
-
-
-class Records(Sequence[Record]):
-    """The records of one split by index, their pictures still encoded."""
-
-    def __init__(self, builder: Sample, split: str):
-        if split not in builder.info.splits:
-            raise ValueError(
-                f"{builder.info.full_name}: no split {split!r}; there are {', '.join(builder.info.splits)}"
-            )
-        # Raw bytes: tensorflow-datasets' own decoding takes four times as long, and opens pictures in a list.
-        raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        self._source: Any = builder.as_data_source(split, deserialize_method=raw)  # pyright: ignore[reportCallIssue]
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return parse(self._source[int(index) % len(self)])
-
-
-def records(builder: Sample, split: str) -> Records:
-    """The records of a split, by index."""
-    return Records(builder, split)
-
-
-def parse(serialized: bytes) -> Record:
-    """The record in a serialized tf.train.Example that the builder wrote."""
-    example: Any = tf_example_pb2.Example.FromString(serialized)  # pyright: ignore[reportAttributeAccessIssue]
-    feature = example.features.feature
-
-    def texts(key: str) -> list[str]:
-        return [value.decode("utf-8") for value in feature[key].bytes_list.value]
-
-    return Record(
-        **{key: texts(key)[0] for key in ("id", "source", "language", "kind", "text", "rejected")},
-        messages=tuple(map(Message, texts("messages/role"), texts("messages/content"))),
-        images=tuple(feature["images"].bytes_list.value),
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """tensorflow-datasets without its bars and its warning that a config is of our making."""
-    bars, level = tqdm_utils._active, absl_logging.get_verbosity()
-    tfds.disable_progress_bar()
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    try:
-        yield
-    finally:
-        tqdm_utils.display_progress_bar(bars)
-        absl_logging.set_verbosity(level)

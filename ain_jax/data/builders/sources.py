@@ -1,0 +1,79 @@
+"""The settings that name a user's files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ain_jax.data import forms
+from ain_jax.experiment import nearest
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Data of one's own, by name: Sources.files = {"pangea": "/data/pangea/*.json"}. A mixture takes these names."""
+
+    files: Mapping[str, str] = field(default_factory=dict)  # name -> path, pattern, folder, gs:// ...
+    forms: Mapping[str, str] = field(default_factory=dict)  # name -> one of FORMS; if absent, told from the first rows
+    languages: Mapping[str, str] = field(default_factory=dict)  # name -> language of rows that name none
+    images: Mapping[str, str] = field(default_factory=dict)  # name -> folder that relative picture paths start at
+    # name -> "place": a record is named by its file and line, for published sets that give one id to several rows
+    ids: Mapping[str, str] = field(default_factory=dict)
+    held_out: Mapping[str, float] = field(default_factory=dict)  # name -> share of records in the split "test", by id
+    bad_share: float = 0.01  # more rejected rows than this stop the run
+    workers: int = 0  # processes; 0: one a core
+
+    def __post_init__(self):
+        found = []
+        for name, path in self.files.items():
+            if not name or name != Path(name).name or name.startswith(".") or name.endswith(".jsonl") or "@" in name:
+                found.append(f"files names {name!r}: expected a plain word, without '/', '@' or '.jsonl'")
+            if not isinstance(path, str) or not path:
+                found.append(f"files[{name!r}] = {path!r}: expected a path, a pattern or a folder")
+        for setting in ("forms", "languages", "images", "ids", "held_out"):
+            for name in getattr(self, setting):
+                if name not in self.files:
+                    hint = nearest(name, list(self.files)) if self.files else "files is empty"
+                    found.append(f"{setting} names {name!r}, which files does not hold: {hint}")
+        for name, form in self.forms.items():
+            if form not in forms.FORMS:
+                found.append(f"forms[{name!r}] = {form!r}: no such form; {nearest(str(form), list(forms.FORMS))}")
+        for name, ids in self.ids.items():
+            if ids not in ("own", "place"):
+                found.append(f"ids[{name!r}] = {ids!r}: expected 'own', the rows' ids, or 'place', file and line")
+        for name, share in self.held_out.items():
+            if not 0 <= share < 1:
+                found.append(f"held_out[{name!r}] = {share}: expected a share from 0 to below 1")
+        if not 0 <= self.bad_share <= 1:
+            found.append(f"bad_share = {self.bad_share}: expected a share of the rows, 0 to 1")
+        if self.workers < 0:
+            found.append(f"workers = {self.workers}: expected a number of processes, or 0 for one a core")
+        if found:
+            raise ValueError("; ".join(found))
+
+    def of(self, name: str) -> "Source":
+        """The settings of one source; a ValueError with the nearest name where there is none."""
+        if name not in self.files:
+            hint = nearest(name, list(self.files)) if self.files else "Sources.files is empty"
+            raise ValueError(f"no source {name!r} in Sources.files: {hint}")
+        return Source(
+            name,
+            self.files[name],
+            self.forms.get(name, ""),
+            self.languages.get(name, ""),
+            self.images.get(name, ""),
+            self.ids.get(name, "own"),
+            float(self.held_out.get(name, 0.0)),
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What decides the records of one source; the number of workers and of rows that may be bad does not."""
+
+    name: str
+    path: str
+    form: str
+    language: str
+    images: str
+    ids: str
+    held_out: float
