@@ -103,9 +103,9 @@ def _make(
         grown_data(base, special, learnt.pieces, merges),
         base.config,
         template,
-        _named(base, eos_token, pad_token),
+        named(base, eos_token, pad_token),
         special,
-        _grown_model(base, special, learnt.pieces),
+        grown_model(base, special, learnt.pieces),
     )
     extension = Extension(
         folder=out_dir,
@@ -196,14 +196,14 @@ def _conversation(
     return chat_template or own or CHATML_TEMPLATE, tuple(special_tokens), eos, pad
 
 
-def _named(base: Base, eos: str, pad: str | None) -> dict[str, str]:
+def named(base: Base, eos: str, pad: str | None) -> dict[str, str]:
     """The special tokens that have a role; a base may have no padding token."""
     return {"eos_token": eos} | ({"pad_token": pad} if pad else {}) | {
         name: token for name, token in base.named.items() if name in ("bos_token", "unk_token")
     }  # fmt: skip
 
 
-def _grown_model(base: Base, special_tokens: Sequence[str], pieces: Sequence[str]) -> Any | None:
+def grown_model(base: Base, special_tokens: Sequence[str], pieces: Sequence[str]) -> Any | None:
     """The SentencePiece model with the same new ids, where the base has one."""
     if base.model is None:
         return None

@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="the folder `checkpoints` to write")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--rows", type=int, help="rows of the tables (default: the ids, up to a multiple of 64)")
-    parser.add_argument("--pack_plan", type=Path, help="the pack_plan.npz of the run that goes on from it")
+    parser.add_argument("--pack_plan", type=Path, help="the folder pack_plan of the run that goes on from it")
     given = parser.parse_args(arguments)
     try:
         mark = None

@@ -220,8 +220,8 @@ def test_the_command(vocabulary, saved, tmp_path, capsys):
     base, larger = vocabulary.base_folder, vocabulary.extension.folder
     where = ["--checkpoint", str(folder), "--from", str(base), "--to", str(larger)]
     plan = dataclasses.replace(PLAN, fingerprint="the plan to come")
-    pack_plan.save(plan, tmp_path / "pack_plan.npz")
-    out = ["--out", str(tmp_path / "out"), "--pack_plan", str(tmp_path / "pack_plan.npz")]
+    pack_plan.save(plan, tmp_path / "pack_plan")
+    out = ["--out", str(tmp_path / "out"), "--pack_plan", str(tmp_path / "pack_plan")]
     assert remap.main([*where, *out]) == 0
     assert f"{vocabulary.first} rows carried over, {extended.PIECES} made of others" in capsys.readouterr().out
     rows = -(-vocabulary.extension.size // 64) * 64
