@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ain_jax.data.mixture import Mixture, draw, example_shares
+from ain_jax.data import draw as drawing
+from ain_jax.data.draw import draw, scattered
+from ain_jax.data.mixture import Counts, Mixture, example_shares, strata
 
 sources = st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 1)), min_size=1, max_size=12)
 
@@ -103,3 +105,117 @@ def test_what_cannot_be_mixed_is_refused():
         example_shares(Mixture({"documnts": 1.0}), {"documents": 5.0, "read": 3.0})
     with pytest.raises(ValueError, match="source 1 of the mixture has no examples"):
         draw([3, 0], [0.5, 0.5], 0, 4)
+
+
+# Two sources; English and Arabic stand in both, Urdu in one.
+COUNTS = {
+    "a": Counts({"en": 60, "ar": 30, "ur": 10}, {"en": 600, "ar": 600, "ur": 300}),
+    "b": Counts({"en": 50, "ar": 50}, {"en": 500, "ar": 1000}),
+}
+
+
+def language_shares(parts, amounts=lambda part: 1.0, phase=0):
+    """Each language's share, in what `amounts` says an example counts for."""
+    totals = {}
+    for part in parts:
+        totals[part.language] = totals.get(part.language, 0) + part.shares[phase] * amounts(part)
+    return {language: total / sum(totals.values()) for language, total in totals.items()}
+
+
+def test_english_has_its_share_of_the_whole_and_the_others_go_by_temperature():
+    # By the weights alone: English 0.55, Arabic 0.40, Urdu 0.05; the roots of the last two are as 8 to 1.
+    parts = strata(Mixture({"a": 1.0, "b": 1.0}, shares={"en": 0.4}, temperature=2.0), COUNTS)
+    roots = np.sqrt([0.4, 0.05])
+    expected = {"en": 0.4, "ar": 0.6 * roots[0] / roots.sum(), "ur": 0.6 * roots[1] / roots.sum()}
+    assert language_shares(parts) == pytest.approx(expected)
+    by_name = {(p.source, p.language): p.shares[0] for p in parts}
+    assert by_name["a", "ar"] / by_name["b", "ar"] == pytest.approx(0.3 / 0.5)  # as without temperature
+    assert sum(by_name.values()) == pytest.approx(1) and ("b", "ur") not in by_name
+
+
+def test_temperature_inside_each_source_leaves_the_sources_their_weights():
+    parts = strata(Mixture({"a": 3.0, "b": 1.0}, temperature=1e9, over="source"), COUNTS)
+    assert [(p.source, p.language, pytest.approx(p.shares[0])) for p in parts] == [
+        ("a", "ar", 0.25), ("a", "en", 0.25), ("a", "ur", 0.25), ("b", "ar", 0.125), ("b", "en", 0.125),
+    ]  # fmt: skip
+    fixed = strata(Mixture({"a": 1.0, "b": 1.0}, shares={"en": 0.2}, over="source"), COUNTS)
+    assert language_shares(fixed) == pytest.approx({"en": 0.2, "ar": 0.5 * (0.6 + 0.8), "ur": 0.5 * 0.2})
+
+
+def test_a_share_of_tokens_stays_one_when_languages_are_fixed():
+    parts = strata(Mixture({"a": 1.0, "b": 2.0}, by="tokens", shares={"en": 0.4}), COUNTS)
+    each = lambda p: COUNTS[p.source].tokens[p.language] / COUNTS[p.source].examples[p.language]
+    assert language_shares(parts, each)["en"] == pytest.approx(0.4)
+
+
+def test_epochs_by_hand():
+    parts = strata(Mixture({"a": 2.0, "b": 0.5}, by="epochs"), COUNTS)
+    assert [(p.source, p.language, p.size, p.draws, p.shares) for p in parts] == [
+        ("a", "", 100, 200.0, (0.8,)), ("b", "", 100, 50.0, (0.2,)),
+    ]  # fmt: skip
+    parts = strata(Mixture({"a": 2.0, "b": 0.5}, by="epochs", shares={"en": 0.5}), COUNTS)
+    assert sum(p.draws for p in parts) == pytest.approx(250)
+    assert sum(p.draws for p in parts if p.language == "en") == pytest.approx(125)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.floats(0.1, 5), min_size=1),
+    st.lists(st.integers(0, 50), min_size=9, max_size=9), st.floats(0.3, 20),
+    st.sampled_from(["examples", "tokens", "epochs"]), st.sampled_from(["stage", "source"]),
+)  # fmt: skip
+def test_shares_are_shares_whatever_the_setting(weights, numbers, temperature, by, over):
+    languages = ("en", "ar", "ur")
+    counts = {
+        name: Counts(
+            {k: numbers[3 * i + j] + (j == 0) for j, k in enumerate(languages)},
+            {k: (numbers[3 * i + j] + (j == 0)) * (j + 2) for j, k in enumerate(languages)},
+        )
+        for i, name in enumerate(weights)
+    }
+    plain, warm = (strata(Mixture(weights, by, temperature=t, over=over), counts) for t in (1.0, temperature))
+    for parts in (plain, warm):
+        assert sum(p.shares[0] for p in parts) == pytest.approx(1)
+        assert all(p.shares[0] >= 0 and p.size > 0 for p in parts)
+    if by == "examples" and over == "source":
+        for name in weights:
+            totals = [sum(p.shares[0] for p in parts if p.source == name) for parts in (plain, warm)]
+            assert totals[0] == pytest.approx(totals[1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 3000), st.integers(0, 5))
+def test_a_large_source_is_shuffled_without_being_held(size, seed):
+    keys = np.random.default_rng(seed).integers(2**63, size=6, dtype=np.uint64)
+    places = scattered(np.arange(size), size, keys)
+    assert sorted(places.tolist()) == list(range(size))
+    np.testing.assert_array_equal(scattered(np.arange(size)[::7], size, keys), places[::7])
+
+
+def test_a_source_above_the_limit_is_gone_through_once_an_epoch(monkeypatch):
+    monkeypatch.setattr(drawing, "KEPT", 100)
+    drawn = draw([5000], [1.0], 0, 15_000)[:, 1].reshape(3, 5000)
+    assert all(sorted(epoch) == list(range(5000)) for epoch in drawn.tolist())
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert abs(np.corrcoef(np.arange(5000), drawn[0])[0, 1]) < 0.05
+
+
+def test_languages_that_cannot_be_mixed_are_refused():
+    for change, told in (
+        ({"shares": {"en": 1.5}}, r"shares = \{'en': 1.5\}: expected shares of languages, each above 0 and below 1"),
+        ({"shares": {"en": 0.7, "ar": 0.7}}, "together 1 at most"),
+        ({"temperature": 0.0}, "temperature = 0.0: expected above 0"),
+        ({"by": "epochs", "phases": (0.5, 0.5)}, 'by = "epochs" makes one stretch'),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Mixture({"a": 1.0}, **change)
+    for shares, told in (
+        ({"eng": 0.4}, "Mixture.shares names 'eng': did you mean 'en'"),
+        ({"en": 0.5, "ar": 0.5}, "leave nothing for ur"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            strata(Mixture({"a": 1.0, "b": 1.0}, shares=shares), COUNTS)
+    with pytest.raises(ValueError, match="no other language takes the rest: let them sum to 1"):
+        strata(Mixture({"b": 1.0}, shares={"en": 0.3, "ar": 0.3}), {"b": COUNTS["b"]})
+    with pytest.raises(ValueError, match="source 'c' has no examples"):
+        strata(Mixture({"c": 1.0}), {"c": Counts({}, {})})

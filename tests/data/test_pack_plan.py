@@ -1,6 +1,8 @@
 """A plan is the same wherever it is read, holds the shares asked for, and is made anew when anything changes."""
 
 import dataclasses
+import itertools
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -9,7 +11,7 @@ import worked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ain_jax.data import pack_plan
+from ain_jax.data import pack_plan, planning
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
 
@@ -91,7 +93,7 @@ def test_a_stored_plan_is_read_and_gives_the_same_rows(sources, tmp_path, monkey
     arguments = (sources, Mixture({"short": 0.6, "long": 0.4}), PACKING, 20, 3)
     path = tmp_path / "folder" / "plan.npz"
     made = pack_plan.plan(*arguments, path)
-    monkeypatch.setattr(pack_plan, "_make", lambda *_: pytest.fail("was made again"))
+    monkeypatch.setattr(planning, "write", lambda *_: pytest.fail("was made again"))
     read = pack_plan.plan(*arguments, path)
     for field in dataclasses.fields(read):
         np.testing.assert_array_equal(getattr(read, field.name), getattr(made, field.name))
@@ -142,3 +144,102 @@ def test_what_cannot_be_learnt_from_is_refused(sources, tmp_path):
     with pytest.raises(ValueError, match="names 'shrt': did you mean 'short'"):
         pack_plan.plan(sources, Mixture({"shrt": 1.0}), PACKING, 4, 0, tmp_path / "plan.npz")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_mapped_from_its_files_and_handed_on_by_their_names(sources, tmp_path):
+    plan = pack_plan.plan(sources, Mixture({"short": 0.6, "long": 0.4}), PACKING, 4000, 0, tmp_path / "plan")
+    assert isinstance(plan.units_U2, np.memmap) and isinstance(plan.starts_R, np.memmap)
+    packed = pickle.dumps(plan)
+    assert len(packed) < 2000 < plan.units_U2.nbytes
+    again = pickle.loads(packed)
+    for r in (0, 3999, 17):
+        np.testing.assert_array_equal(again.row(r), plan.row(r))
+    part = pickle.loads(pickle.dumps(dataclasses.replace(plan, starts_R=plan.starts_R[:3])))
+    assert part.rows == 2  # a part of a file goes as numbers
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 12), max_size=8))
+def test_least_rows_is_a_bound_of_the_best_packing(sizes):
+    def fewest(left, rooms):
+        """The fewest rows by trying everything."""
+        if not left:
+            return len(rooms)
+        tries = [[*rooms[:i], room - left[0], *rooms[i + 1 :]] for i, room in enumerate(rooms) if room >= left[0]]
+        return min(fewest(left[1:], rooms) for rooms in [*tries, [*rooms, 12 - left[0]]])
+
+    found = planning.least_rows(np.bincount(sizes, minlength=13))
+    assert -(-sum(sizes) // 12) <= found <= fewest(sorted(sizes, reverse=True), [])
+
+
+def test_least_rows_by_hand():
+    at = lambda sizes: planning.least_rows(np.bincount(sizes, minlength=11))
+    assert [at([6, 6, 6, 4]), at([6, 6, 6, 6]), at([5, 5]), at([9, 9, 2, 2]), at([])] == [3, 4, 1, 3, 0]
+
+
+def test_batches_without_pictures_are_brought_together(tmp_path):
+    made = [worked.example(i, 6 + i % 5, [(16, 8)] * (i % 3 == 0)) for i in range(90)]
+    source = {"mixed": worked.examples(made, "mixed")}
+    packing = Packing(row_tokens=40, row_patches=32, window=24, text_batches=True)
+    patches = source["mixed"].sizes()[:, 1]
+    for mixture, rows in ((Mixture({"mixed": 1.0}), 48), (None, None)):
+        plan = pack_plan.plan(source, mixture, packing, rows, 0, tmp_path / "plan", rows_per_batch=4)
+        assert plan.rows_per_batch == 4 and len(plan.text_only_B) == -(-plan.rows // 4)
+        plain_R = np.array([not patches[plan.row(r)[:, 1]].any() for r in range(plan.rows)])
+        for batch, text_only in enumerate(plan.text_only_B):
+            own = plain_R[4 * batch : 4 * batch + 4]
+            assert own.all() if text_only else not own.all()
+        mixed = [b for b in range(plan.rows // 4) if 0 < plain_R[4 * b : 4 * b + 4].sum() < 4]
+        assert plan.text_only_B.sum() >= 2 and (~plan.text_only_B).sum() >= 2 and len(mixed) <= (mixture is None)
+    assert sorted(plan.units_U2[:, 1].tolist()) == list(range(90))  # and none is lost
+    with pytest.raises(ValueError, match="needs the rows of a batch"):
+        pack_plan.plan(source, None, packing, None, 0, tmp_path / "plan")
+    with pytest.raises(ValueError, match="makes whole batches of 4 rows; 6 rows are no such"):
+        pack_plan.plan(source, Mixture({"mixed": 1.0}), packing, 6, 0, tmp_path / "plan", 4)
+
+
+def test_epochs_are_gone_through_as_often_as_said(sources, tmp_path):
+    mixture = Mixture({"short": 2.5, "long": 1.0}, by="epochs")
+    plan = pack_plan.plan(sources, mixture, PACKING, None, 0, tmp_path / "plan")
+    counted = Counter(map(tuple, plan.units_U2.tolist()))
+    assert Counter(counted[0, e] for e in range(30)) == {2: 15, 3: 15}
+    assert [counted[1, e] for e in range(12)] == [1] * 12
+    steps = -(-plan.rows // 4)
+    same = pack_plan.plan(sources, mixture, PACKING, 4 * steps, 0, tmp_path / "same", rows_per_batch=4)
+    np.testing.assert_array_equal(same.units_U2, plan.units_U2)
+    with pytest.raises(ValueError, match=rf"{steps} steps of 4 rows, and 8 rows were asked for: set Trainer.steps"):
+        pack_plan.plan(sources, mixture, PACKING, 8, 0, tmp_path / "other", rows_per_batch=4)
+
+
+def test_the_table_tells_what_the_rows_hold(tmp_path):
+    made = [worked.example(i, 5, group="en" if i < 60 else "ar" if i < 75 else "ur") for i in range(80)]
+    sources = {"talks": worked.examples(made, "talks")}
+    mixture = Mixture({"talks": 1.0}, shares={"en": 0.4}, temperature=1e9)
+    plan = pack_plan.plan(sources, mixture, PACKING, 200, 0, tmp_path / "plan")
+    lines = {line["language"]: line for line in pack_plan.table(plan, sources, mixture)}
+    assert {k: line["examples"] for k, line in lines.items()} == {"ar": 15, "en": 60, "ur": 5}
+    for language, share in {"en": 0.4, "ar": 0.3, "ur": 0.3}.items():
+        line = lines[language]
+        own = [e for e in plan.units_U2[:, 1] if made[e][3] == language]
+        assert line["drawn"] == len(own) and line["tokens"] == 6 * len(own)
+        assert line["epochs"] == pytest.approx(len(own) / line["examples"])
+        assert line["example_share"] == pytest.approx(share, abs=0.02) == line["share"]
+    # Each language goes through its own examples before any comes again.
+    ur = [e for e in plan.units_U2[:, 1] if e >= 75]
+    assert max(Counter(ur).values()) - min(Counter(ur).values()) <= 2
+    text = pack_plan.table_text(list(lines.values()))
+    assert len(text.splitlines()) == 4 and "40." in text.splitlines()[2]
+
+
+def test_the_draw_is_held_a_window_at_a_time(sources):
+    sizes = [s.sizes() for s in sources.values()]
+    drawing = planning._Drawing(sources, sizes, Mixture({"short": 0.5, "long": 0.5}), 0)
+    stream = planning._Stream(drawing.chunks(0, np.zeros(2, int)), sizes)
+    numbers, whole = stream.sizes(), []
+    for start in range(0, 100_000, 1000):
+        asked = list(itertools.islice(numbers, 1000))
+        units_U2, sizes_U3 = stream.take(np.arange(start, start + 1000))
+        assert sizes_U3.tolist() == asked == [sizes[s][e].tolist() for s, e in units_U2]
+        assert len(stream.held) <= 2
+        whole.append(units_U2)
+    assert stream.used(2).tolist() == np.bincount(np.concatenate(whole)[:, 0]).tolist()

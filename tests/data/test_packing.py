@@ -8,7 +8,7 @@ import worked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ain_jax.data.packing import Packing, Segment, lay_row, pack
+from ain_jax.data.packing import PATIENCE, Packing, Segment, batched, lay_row, pack, packed
 
 
 def text(tokens, learn, group=0):
@@ -128,3 +128,51 @@ def test_what_cannot_be_packed_is_refused():
         Packing(row_tokens=0)
     with pytest.raises(ValueError, match="expected 0 \\(no such budget\\) or more"):
         Packing(row_patches=-1)
+
+
+def plain_best_fit(items, budgets):
+    """Best-fit decreasing as its definition says, over all rows each time."""
+    sizes, scale = np.array(items), np.maximum(budgets, 1)
+    rooms, rows = [], []
+    for i in np.argsort(-(sizes / scale).max(axis=1), kind="stable"):
+        fitting = [(float((room / scale).sum()), r) for r, room in enumerate(rooms) if (room >= sizes[i]).all()]
+        if not fitting:
+            rooms.append(np.array(budgets))
+            rows.append([])
+        row = min(fitting)[1] if fitting else len(rows) - 1
+        rooms[row] = rooms[row] - sizes[i]
+        rows[row].append(int(i))
+    return sorted(sorted(row) for row in rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes.filter(bool), st.sampled_from([0, 9, 12]))
+def test_the_quick_search_finds_the_row_that_the_plain_one_does(items, row_targets):
+    packing = Packing(row_tokens=16, row_patches=16, row_targets=row_targets, window=100)
+    assert list(pack(items, packing)) == plain_best_fit(items, packing.budgets)
+
+
+def test_batches_of_one_kind_by_hand():
+    rows = [([0], 4), ([1], 0), ([2], 0), ([3], 8), ([4], 0)]
+    assert list(batched(rows, 2)) == [([[1], [2]], True), ([[0], [3]], False), ([[4]], True)]
+    assert list(batched(rows[:4], 3)) == [([[0], [3], [1]], False), ([[2]], True)]
+    # One row without pictures among many with: in time it is laid in a batch of theirs.
+    late = list(batched([([0], 0), *(([i], 4) for i in range(1, 2 * PATIENCE + 4))], 2))
+    assert late[PATIENCE] == ([[0], [2 * PATIENCE + 1]], False) and all(not plain for _, plain in late)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.booleans(), max_size=400), st.integers(1, 5))
+def test_no_row_waits_for_ever_and_none_is_lost(kinds, size):
+    made = list(batched((([i], int(pictured)) for i, pictured in enumerate(kinds)), size))
+    assert sorted(i for rows, _ in made for (i,) in rows) == list(range(len(kinds)))
+    assert all(len(rows) == size for rows, _ in made[:-1])
+    for number, (rows, plain) in enumerate(made):
+        assert plain == (not any(kinds[i] for (i,) in rows))
+        assert number * size <= min(i for (i,) in rows) + (PATIENCE + 2) * size
+
+
+def test_with_text_batches_pictures_take_few_rows():
+    items = [(6, 4, 3), (10, 0, 2), (6, 4, 3), (10, 0, 2)]
+    patches_of = lambda together: [p for _, p in packed(items, Packing(16, 16, text_batches=together))]
+    assert patches_of(False) == [4, 4] and patches_of(True) == [8, 0, 0]

@@ -15,9 +15,8 @@ from ain_jax.data.examples import tokenise
 from ain_jax.data.formats import Message, Record
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
-from ain_jax.models.multimodal import MultimodalModel, init_params
+from ain_jax.models.multimodal import init_params
 from ain_jax.tokenizer.extend import padded_vocab
-from ain_jax.train import losses
 
 SIZES = [[(16, 16)], [(40, 12), (9, 30)], [(25, 31)], []]  # width and height of the pictures of each conversation
 
@@ -78,20 +77,6 @@ def test_a_row_is_laid_as_decoding_lays_a_prompt(examples, model, tmp_path):
             np.testing.assert_array_equal(getattr(batch, name), laid[name], err_msg=name)
         here = slice(0, len(tokens_L))
         np.testing.assert_array_equal(batch.positions_B3L[0, :, here], laid["positions_3BL"][:, 0, here])
-
-
-def test_packed_conversations_have_the_loss_and_gradients_that_they_have_alone(examples, model, tmp_path):
-    config, params = model
-    packing = Packing(row_tokens=320, row_patches=320, row_targets=64)
-    loss = losses.next_token(MultimodalModel(config), 1)
-    gradient = jax.jit(jax.value_and_grad(lambda p, batch: loss(p, {}, batch, None).loss))
-    packed = gradient(params, rows(examples, model, packing, [[0, 1, 2, 3]], tmp_path))
-    alone = [gradient(params, rows(examples, model, packing, [[e]], tmp_path)) for e in range(4)]
-    total = jax.tree.map(lambda *parts: sum(parts), *alone)
-    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(total), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
-    moved = [params["visual"], packed[1]["visual"]]
-    assert float(np.abs(moved[1]["image_newline"]).max()) > 1e-4  # the vector that ends a line learns
 
 
 def test_a_mixture_packs_them_within_the_budget_of_patches(examples, tmp_path):
