@@ -1,23 +1,37 @@
 """Examples -> rows of fixed length: which go together (pure sizes), and the arrays of a row (pure numpy)."""
 
 import dataclasses
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """The budgets of a row, each a static shape of the compiled step.
+    """The budgets of a row, each a static shape of the compiled step, and what becomes of what they cannot hold.
 
     A row is closed when nothing waiting fits into it. `row_targets` bounds the learnt tokens of a row, because the
     output head, the dearest part of a small model, runs on those alone; 0 sets no bound but `row_tokens`.
+
+    Plain text longer than a row is cut into windows. By "even" they are of nearly equal size; by "full" all but the
+    last fill a row, which wastes less where most documents are longer than a row.
+
+    A conversation, or a preference pair, that no row holds stops the run ("refuse"), or is left out ("drop"), or is
+    cut before a user's turn as far as no picture stands before the cut, and left out where that is not enough
+    ("split"). What is left out or cut is counted, and listed in the rejects file of its source.
+
+    With `text_batches` batches without any picture are compiled as a second shape, which has no arrays for pictures.
     """
 
     row_tokens: int = 256
     row_patches: int = 0  # vision patches before merging; 0 for stages without pictures
     row_targets: int = 0
     window: int = 512  # examples looked over at once; more fills rows better and mixes sources less finely
+    windows: Literal["even", "full"] = "even"
+    too_long: Literal["refuse", "drop", "split"] = "refuse"
+    text_batches: bool = False
 
     def __post_init__(self):
         for name in ("row_tokens", "window"):
@@ -25,6 +39,8 @@ class Packing:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected 1 or more")
         if self.row_patches < 0 or self.row_targets < 0:
             raise ValueError("row_patches and row_targets: expected 0 (no such budget) or more")
+        if self.text_batches and not self.row_patches:
+            raise ValueError("text_batches = True, and row_patches = 0: every batch is without pictures, leave it out")
 
     @property
     def budgets(self) -> np.ndarray:
@@ -42,8 +58,15 @@ def pack(sizes: Iterable[Sequence[int]], packing: Packing) -> Iterator[list[int]
     >>> list(pack([(5, 0, 5), (4, 0, 4), (3, 0, 3)], Packing(row_tokens=8, window=3)))
     [[0, 2], [1]]
     """
-    budgets = packing.budgets
-    waiting: list[tuple[int, np.ndarray]] = []
+    return (numbers for numbers, _ in packed(sizes, packing))
+
+
+def packed(sizes: Iterable[Sequence[int]], packing: Packing) -> Iterator[tuple[list[int], int]]:
+    """As `pack`, and with each row the patches in it. With `text_batches` pictures are laid before any text: then as
+    few rows as possible hold one."""
+    tokens, patches, targets = budgets = tuple(packing.budgets.tolist())
+    scale = tuple(max(budget, 1) for budget in budgets)
+    waiting: list[tuple[int, int, int, int]] = []
     stream = enumerate(sizes)
     ended = False
     while not ended or waiting:
@@ -52,44 +75,97 @@ def pack(sizes: Iterable[Sequence[int]], packing: Packing) -> Iterator[list[int]
             if item is None:
                 ended = True
                 break
-            number, size = item[0], np.asarray(item[1], np.int64)
-            if (size > budgets).any():
+            number, (t, p, g) = item
+            if t > tokens or p > patches or g > targets:
                 raise ValueError(
-                    f"example {number} has {size[0]} tokens, {size[1]} patches and {size[2]} learnt tokens; a row "
-                    f"holds {budgets[0]}, {budgets[1]} and {budgets[2]}: raise Packing's budget, or leave it out"
+                    f"example {number} has {t} tokens, {p} patches and {g} learnt tokens; a row "
+                    f"holds {tokens}, {patches} and {targets}: raise Packing's budget, or leave it out"
                 )
-            waiting.append((number, size))
+            waiting.append((number, t, p, g))
         if not waiting:
             return
-        rows = _best_fit_decreasing(waiting, budgets)
-        by_number = dict(waiting)
+        rows = _best_fit_decreasing(np.array(waiting, np.int64), budgets, scale, packing.text_batches)
         if not ended:
-            filled = np.array([max(sum(by_number[n] for n in row) / np.maximum(budgets, 1)) for row in rows])
-            kept = np.argsort(-filled, kind="stable")[: max(1, (len(rows) + 1) // 2)]
-            rows = [rows[r] for r in sorted(kept)]
-        taken = {n for row in rows for n in row}
-        waiting = [(n, s) for n, s in waiting if n not in taken]
+            filled = [max((b - left) / s for b, left, s in zip(budgets, room, scale, strict=True)) for room, _ in rows]
+            fullest = sorted(range(len(rows)), key=lambda r: -filled[r])[: max(1, (len(rows) + 1) // 2)]
+            rows = [rows[r] for r in sorted(fullest)]
+        taken = {number for _, row in rows for number in row}
+        waiting = [item for item in waiting if item[0] not in taken]
         # In the order of their oldest example, so that a row of large ones does not always come first.
-        yield from sorted((sorted(row) for row in rows), key=lambda row: row[0])
+        yield from sorted(((sorted(row), patches - room[1]) for room, row in rows), key=lambda made: made[0][0])
 
 
-def _best_fit_decreasing(items: Sequence[tuple[int, np.ndarray]], budgets: np.ndarray) -> list[list[int]]:
-    sizes = np.stack([s for _, s in items])
-    scale = np.where(budgets > 0, budgets, 1)
-    order = np.argsort(-(sizes / scale).max(axis=1), kind="stable")
-    room = np.tile(budgets, (len(items), 1))
-    rows: list[list[int]] = []
-    for i in order:
-        fits = (room[: len(rows)] >= sizes[i]).all(axis=1)
-        if fits.any():
-            left = np.where(fits, (room[: len(rows)] / scale).sum(axis=1), np.inf)
-            row = int(left.argmin())
+def _best_fit_decreasing(
+    items_N4: np.ndarray, budgets: tuple[int, ...], scale: tuple[int, ...], pictures_first: bool
+) -> list[tuple[list[int], list[int]]]:
+    """(room left, numbers) of each row, of items (number, tokens, patches, targets).
+
+    The rows that may take something are kept in the order of their room, the shares of all budgets added up. A row
+    that holds an item has at least the item's own shares left: the search begins there. A row with less than the
+    smallest of the items to come is closed.
+    """
+    shares_N3 = items_N4[:, 1:] / np.array(scale)
+    largest_N = shares_N3.max(axis=1)
+    order_N = np.lexsort((-largest_N, items_N4[:, 2] == 0)) if pictures_first else np.argsort(-largest_N, kind="stable")
+    items_N4 = items_N4[order_N]
+    least_N = shares_N3[order_N].sum(axis=1) - 1e-9
+    to_come_N3 = np.minimum.accumulate(items_N4[::-1, 1:])[::-1]
+    to_come_N3 = np.concatenate([to_come_N3[1:], np.zeros_like(to_come_N3[:1])])
+    of_tokens, of_patches, of_targets = scale
+    rows: list[tuple[list[int], list[int]]] = []
+    open_rows: list[tuple[float, int]] = []
+    columns = items_N4.tolist(), least_N.tolist(), to_come_N3.tolist()
+    for (number, t, p, g), least, (next_t, next_p, next_g) in zip(*columns, strict=True):
+        for place in range(bisect_left(open_rows, (least,)), len(open_rows)):
+            at = open_rows[place][1]
+            room, row = rows[at]
+            if room[0] >= t and room[1] >= p and room[2] >= g:
+                del open_rows[place]
+                row.append(number)
+                break
         else:
-            row = len(rows)
-            rows.append([])
-        rows[row].append(items[i][0])
-        room[row] -= sizes[i]
+            at, room = len(rows), list(budgets)
+            rows.append((room, [number]))
+        room[0] -= t
+        room[1] -= p
+        room[2] -= g
+        if room[0] >= next_t and room[1] >= next_p and room[2] >= next_g:
+            insort(open_rows, (room[0] / of_tokens + room[1] / of_patches + room[2] / of_targets, at))
     return rows
+
+
+def batched(rows: Iterable[tuple[list[int], int]], size: int) -> Iterator[tuple[list[list[int]], bool]]:
+    """(`size` rows, whether they are without pictures): rows of one kind are brought together, in their order.
+
+    A row that has waited for PATIENCE batches goes into a mixed one, laid as rows with pictures are. So do the rows
+    left over at the end, the very last batch of which may be short.
+
+    patches 4 0 0 8 0 and batches of two rows:   (1, 2) without pictures, (0, 3) with, (4,) without
+    """
+    waiting: list[tuple[list[int], bool, int]] = []  # row, whether it is without pictures, batches before it came
+    count = {True: 0, False: 0}
+    done = 0
+    for numbers, patches in rows:
+        plain = patches == 0
+        waiting.append((numbers, plain, done))
+        count[plain] += 1
+        if count[plain] == size:
+            chosen = [item for item in waiting if item[1] == plain]
+            waiting = [item for item in waiting if item[1] != plain]
+        elif len(waiting) >= size and done - waiting[0][2] >= PATIENCE:
+            chosen, waiting = waiting[:size], waiting[size:]
+        else:
+            continue
+        done += 1
+        count = {kind: sum(item[1] == kind for item in waiting) for kind in (True, False)}
+        yield [item[0] for item in chosen], all(item[1] for item in chosen)
+    waiting.sort(key=lambda item: item[1])  # those with pictures together
+    for start in range(0, len(waiting), size):
+        chosen = waiting[start : start + size]
+        yield [item[0] for item in chosen], all(item[1] for item in chosen)
+
+
+PATIENCE = 64
 
 
 LINE_END = -1

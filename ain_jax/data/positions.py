@@ -15,8 +15,11 @@ def feature_count(grid: Grid, merge_size: int = 2) -> int:
 
 def visual_tokens(tokens_L: np.ndarray, image_token_id: int | None, video_token_id: int | None = None) -> np.ndarray:
     """True where a feature of a picture or of a video stands."""
-    ids = [token for token in (image_token_id, video_token_id) if token is not None]
-    return np.isin(tokens_L, ids)
+    found_L = np.zeros(np.shape(tokens_L), bool)
+    for token in (image_token_id, video_token_id):
+        if token is not None:
+            found_L |= np.asarray(tokens_L) == token
+    return found_L
 
 
 def patch_positions(grid: Grid, merge_size: int = 2) -> np.ndarray:
