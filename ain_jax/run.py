@@ -116,7 +116,7 @@ def run(resolved: Resolved, root: Path, only: str | None = None) -> int:
     from ain_jax.stages import registry
 
     order = resolved.experiment.stages
-    _check_folder(resolved, root)
+    check_folder(resolved, root)
     _write_text(root / "config.gin", resolved.text())
     for stage in [only] if only else order:
         here = root / stage
@@ -189,7 +189,7 @@ def _lines(resolved: Resolved, stage: str) -> list[str]:
     return [line for line in lines if not line.partition(" = ")[0].endswith(NEUTRAL)]
 
 
-def _check_folder(resolved: Resolved, root: Path) -> None:
+def check_folder(resolved: Resolved, root: Path) -> None:
     """Refuse to mix two experiments in one folder: what was begun otherwise would be reported as this one."""
     for stage in resolved.experiment.stages:
         stored = root / stage / "config.gin"

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--distil", type=int, default=40, help="steps of token distillation")
     parser.add_argument("--tokens", type=int, default=96, help="of a text at most, under either tokenizer")
     parser.add_argument("--parts", type=int, default=48, help="parts of held-out text in each language")
-    parser.add_argument("--rate", type=float, default=0.03, help="of the row-only steps, in root mean squares of a row")
+    parser.add_argument("--rate", type=float, default=0.003, help="of the row-only steps, in mean sizes of a row")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)

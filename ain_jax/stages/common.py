@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
+import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -12,13 +14,18 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from ain_jax import sample, sharding
-from ain_jax.data import formats, loader, pack_plan
+from ain_jax.data import loader, pack_plan
+from ain_jax.data.builders import files as file_builder
 from ain_jax.data.builders import sample as sample_builder
+from ain_jax.data.builders.files import Sources
+from ain_jax.data.builders.records import Records
 from ain_jax.data.builders.sample_records import KINDS, SampleParams
 from ain_jax.data.examples import Examples, PictureSettings, tokenise, tokenizer_fingerprint
 from ain_jax.data.images import ImageSettings
+from ain_jax.data.loader import Loader
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
 from ain_jax.data.tiles import TileSettings
@@ -32,6 +39,7 @@ from ain_jax.tokenizer import folder as tokenizer_files
 from ain_jax.tokenizer.align import token_bytes
 from ain_jax.tokenizer.extend import padded_vocab
 from ain_jax.tokenizer.schedule import Vocabulary
+from ain_jax.tokenizer.with_template import Templated, with_template
 from ain_jax.train import checkpoint, rows
 from ain_jax.train.loop import Trainer
 from ain_jax.train.optimizer import Optimizer
@@ -141,13 +149,31 @@ class StageRun:
             return folder
         if not self.base.is_dir():
             raise ValueError(f"Model.folder = {str(self.base)!r} is not there: give the folder of a published model")
-        return self.base
+        return self.templated.folder if self.templated else self.base
+
+    @functools.cached_property
+    def templated(self) -> Templated | None:
+        """The published model's tokenizer with the chat template that Chat names; None where it is taken as it is."""
+        name = self.get(chat.Chat).template
+        if not name or self.extended or self.base is None:
+            return None
+        folder, beside = self.root / f"tokenizer_{name}", self.root / f"tokenizer_{name}.{os.getpid()}"
+        rows = load.load_config(self.base).text.vocabulary
+        made = with_template(self.base, name, beside, rows, self.get(Model).vocabulary_multiple)
+        if folder.is_dir():
+            shutil.rmtree(beside)
+        else:
+            beside.replace(folder)
+        return dataclasses.replace(made, folder=folder)
 
     @functools.cached_property
     def config(self) -> ModelConfig:
         """The model's sizes, joined with the tokenizer's ids."""
         if self.base:
             config = load.load_config(self.base)
+            if self.templated:
+                text = dataclasses.replace(config.text, vocabulary=self.templated.rows)
+                return dataclasses.replace(config, text=text, eos_token_id=self.templated.stop_token_ids)
             return self._grown(config) if self.extended else config
         m, images = self.get(Model), self.get(ImageSettings)
         ids: dict[str, Any] = {
@@ -236,12 +262,17 @@ class StageRun:
             raise ValueError(f"the tokenizer has no token {text!r}: add it in the stage extend_tokenizer")
         return int(index)
 
-    def records(self, kind: str, split: str) -> tuple[Sequence[formats.Record], str]:
-        """The records of one source and a mark that changes with them. `kind` is a kind of the sample, or a file."""
-        if kind.endswith(".jsonl"):
-            return formats.read_jsonl(Path(kind)), formats.file_mark(Path(kind))
+    def records(self, kind: str, split: str) -> tuple[Records, str]:
+        """The records of a source (one of Sources.files, or a kind of the sample) and a mark that changes with them."""
+        sources = self.get(Sources)
+        if kind in sources.files and kind in KINDS:
+            raise ValueError(f"Sources.files names {kind!r}, as the sample does: give it another name")
+        if kind in sources.files:
+            built = file_builder.build(kind, sources, self.root / "data")
+            return file_builder.records(built, split), Path(built.data_dir).parent.name
         if kind not in KINDS:
-            raise ValueError(f"no source {kind!r}: {nearest(kind, list(KINDS))}; or give the path of a .jsonl file")
+            hint = nearest(kind, [*sources.files, *KINDS])
+            raise ValueError(f"no source {kind!r}: {hint}; files of your own are named in Sources.files")
         params = self.get(SampleParams)
         builder = sample_builder.build(kind, self.root / "data", params)
         return sample_builder.records(builder, split), sample_builder.fingerprint(params)
@@ -256,22 +287,39 @@ class StageRun:
         """
         packing = packing or self.get(Packing)
         kind, label = source_parts(name)
-        records, mark = self.records(kind, split)
-        if label:
-            of = lambda record: record.kind if record.rejected else record.language
-            kept = [r for r in records if of(r) == label]
-            if not kept:
-                present = ", ".join(sorted({of(r) for r in records}))
-                raise ValueError(f"source {name!r}: no record of {label!r}; {kind} has {present}")
-            records = kept
+        whole, mark = self.records(kind, split)
+        try:
+            records = whole.select(label) if label else whole
+        except ValueError as error:
+            raise ValueError(f"source {name!r}: {error}") from None
         tokenizer, mark = self.tokenizer, "/".join((mark, split, name))
         if part is not None:
             tokenizer, parts = self.part_tokenizers[part], len(self.part_tokenizers)
-            records = [records[i] for i in range(part, len(records), parts)]
+            records = records.take(range(part, len(records), parts))
             mark += f"@{part}/{parts}"
-        images, cache = self._pictures(packing), self.root / "data" / "tokenised"
-        kind = Path(name).stem if name.endswith(".jsonl") else kind
-        return tokenise(records, kind, tokenizer, images, packing.row_tokens, mark, cache)
+        sources = self.get(Sources)
+        with tqdm(total=len(records), desc=f"tokenise {name}", unit="record", leave=False, delay=1.0) as bar:
+
+            def progress(done: int, _: int) -> None:
+                bar.update(done - bar.n)
+
+            made = tokenise(
+                records,
+                kind,
+                tokenizer,
+                self._pictures(packing),
+                packing.row_tokens,
+                mark,
+                self.root / "data" / "tokenised",
+                packing,
+                self.get(chat.Chat),
+                sources.bad_share if kind in sources.files else 0.0,
+                progress,
+            )
+        counts = {"at fault": made.bad, "longer than a row": made.dropped, "cut into several": made.split}
+        if told := ", ".join(f"{count} {what}" for what, count in counts.items() if count):
+            tqdm.write(f"{name}: of {len(records):,} records {told}: {made.rejects}")
+        return made
 
     def _pictures(self, packing: Packing) -> PictureSettings | None:
         images = self.images if packing.row_patches and self.config.vision else None
@@ -293,13 +341,23 @@ class StageRun:
         name: str,
         pairs: bool = False,
         packing: Packing | None = None,
+        rows_per_batch: int = 0,
     ) -> loader.Rows:
-        """Packed rows: `count` rows of a mixture, or every example of the sources once."""
+        """Packed rows: `count` rows of a mixture, or as many as its epochs make, or (no mixture) every example once."""
         packing = packing or self.get(Packing)
-        path = self.folder / f"{name}.npz"
-        plan = pack_plan.plan(dict(sources), mixture, packing, count, self.seed(name), path)
-        images = self._pictures(packing)
-        return loader.Rows(plan, list(sources.values()), packing, self.config.image_token_id, images, pairs)
+        path, seed = self.folder / name, self.seed(name)
+        plan = pack_plan.plan(dict(sources), mixture, packing, count, seed, path, rows_per_batch)
+        vision = self.config.vision
+        return loader.Rows(
+            plan,
+            list(sources.values()),
+            packing,
+            self.config.image_token_id,
+            self._pictures(packing),
+            pairs,
+            video_token=self.config.video_token_id,
+            tokens_per_second=(vision.tokens_per_second if isinstance(vision, VisionConfig) else None) or 0.0,
+        )
 
     def training_rows(self, pairs: bool = False) -> loader.Rows:
         """The rows of this stage's mixture, as many as its steps take."""
@@ -315,11 +373,12 @@ class StageRun:
             }
             shares = tuple(float(steps) for steps in vocabulary.steps(trainer.steps))
             mixture = dataclasses.replace(mixture, weights=alone, phases=shares)
-        return self.rows(sources, mixture, trainer.steps * trainer.rows, "pack_plan", pairs)
+        count = trainer.steps * trainer.rows or None
+        return self.rows(sources, mixture, count, "pack_plan", pairs, rows_per_batch=trainer.rows)
 
     def batches(self, data: loader.Rows, rows_per_batch: int, start: int = 0):
         """(batch, tokens) from a step onwards, laid over the devices of the mesh."""
-        return loader.batches(data, rows_per_batch, sharding.rows(self.mesh), start)
+        return loader.batches(data, rows_per_batch, sharding.rows(self.mesh), start, self.get(Loader))
 
     def layout(self) -> Any:
         """Shapes and shardings of the parameters."""
@@ -341,12 +400,18 @@ class StageRun:
 
     def initial_params(self) -> Any:
         """The parameters before any stage: the published model's, or random ones, the same for every stage."""
-        if self.base and not self.extended:
-            return load.load_params(self.base, self.config, jnp.float32, self.mesh)
         if self.base:
-            published = load.load_params(self.base, load.load_config(self.base), jnp.float32, self.mesh)
-            made = embeddings.load_rows(self.root / EXTEND / NEW_ROWS)
-            grown = embeddings.grow_tables(published, made, self.new_rows[0], self.config.text.vocabulary)
+            config = load.load_config(self.base)
+            published = load.load_params(self.base, config, jnp.float32, self.mesh)
+            if self.extended:
+                first, made = self.new_rows[0], embeddings.load_rows(self.root / EXTEND / NEW_ROWS)
+            elif self.templated and self.templated.special_tokens:
+                special = self.templated.special_tokens
+                first = min(special.values())
+                made = embeddings.make_rows(published, config, first, [()] * len(special), embeddings.Embeddings())
+            else:
+                return published
+            grown = embeddings.grow_tables(published, made, first, self.config.text.vocabulary)
             return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), grown, self.layout())
         key = jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
         drawn = init_params(self.config, key)
@@ -406,9 +471,9 @@ class StageRun:
 
 
 def source_parts(name: str) -> tuple[str, str]:
-    """Kind and part of a source: "documents/ar" is ("documents", "ar"); a file has no part ("")."""
-    kind, _, part = (name, "", "") if name.endswith(".jsonl") else name.partition("/")
-    return kind, part
+    """Name and part of a source: "documents/ar" is ("documents", "ar"), "documents" has no part ("")."""
+    name, _, part = name.partition("/")
+    return name, part
 
 
 def sample_path(path: str) -> Path:

@@ -169,7 +169,7 @@ def _prompt(stage: common.StageRun, record: Record) -> Prompt:
     settings = stage.images
     prompt = prompt_with_images([], record.images, settings)
     counts = placeholder_counts(prompt, settings.merge_size)
-    tokens = chat.encode_prompt(stage.tokenizer, record.messages[:-1], counts)
+    tokens = chat.encode_prompt(stage.tokenizer, record.messages[:-1], counts, stage.get(chat.Chat))
     return dataclasses.replace(prompt, tokens_L=tokens)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ain_jax.data import examples
 from ain_jax.stages import common
-from ain_jax.tokenizer import audit, base, chat, extend, folder, inspect
+from ain_jax.tokenizer import audit, base, chat, extend, folder, inspect, templates, with_template
 from ain_jax.weights import embeddings, load, rows_report
 from ain_jax.weights.embeddings import Embeddings
 
@@ -76,6 +76,7 @@ def run(stage: common.StageRun) -> dict[str, Any]:
         extension = folder.read_extension(place)
     else:
         how = {name: getattr(settings, name) for name in ("marks", "tatweel", "digits", "min_count", "longest")}
+        how |= _template(start, stage.get(chat.Chat).template)
         extension = extend.extend(start, texts, out_dir=place, pieces=settings.pieces, progress=False, **how)
     bar.update()
     report = audit.audit(start, place, held_out, changed_share=settings.changed_share)
@@ -99,6 +100,20 @@ def run(stage: common.StageRun) -> dict[str, Any]:
             b.language: {"before": _numbers(b), "after": _numbers(a)} for b, a in zip(before, after, strict=True)
         },
         **made,
+    }
+
+
+def _template(start: Path, name: str) -> dict[str, Any]:
+    """What `extend` is told of the chat template that is named; nothing where the base's own stays."""
+    if not name:
+        return {}
+    template, origin = templates.named(name), base.open_base(start)
+    special, pad = with_template.missing(origin, template), origin.named.get("pad_token")
+    return {
+        "chat_template": template.text,
+        "special_tokens": special if pad else (*special, "<|pad|>"),
+        "eos_token": with_template.end_token(origin, template),
+        "pad_token": pad or "<|pad|>",
     }
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ain_jax.data.builders.files import Sources
 from ain_jax.data.builders.sample_records import SampleParams
 from ain_jax.data.images import ImageSettings
+from ain_jax.data.loader import Loader
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
 from ain_jax.models.lora import Lora
@@ -15,22 +17,24 @@ from ain_jax.stages.evaluate import Evaluation
 from ain_jax.stages.export import Export
 from ain_jax.stages.extend_tokenizer import Tokenizer
 from ain_jax.stages.prefer import Preference
+from ain_jax.tokenizer.chat import Chat
 from ain_jax.tokenizer.schedule import Vocabulary
 from ain_jax.train.loop import Trainer
 from ain_jax.train.losses import NextToken
 from ain_jax.train.optimizer import Optimizer
 from ain_jax.weights.embeddings import Embeddings
 
-_MODEL = (SampleParams, Packing, ImageSettings, Model, Mesh)
+_DATA = (Sources, SampleParams)
+_MODEL = (*_DATA, Packing, Chat, Loader, ImageSettings, Model, Mesh)
 _TRAINING = (*_MODEL, Mixture, Vocabulary, Start, Lora, Optimizer, Trainer)
 
 SETTINGS: Mapping[str, tuple[type, ...]] = {
-    "extend_tokenizer": (Tokenizer, Embeddings, SampleParams, Model, Mesh),
+    "extend_tokenizer": (Tokenizer, Embeddings, *_DATA, Chat, Model, Mesh),
     "pretrain": (*_TRAINING, NextToken),
     "instruct": (*_TRAINING, NextToken),
     "prefer": (*_TRAINING, Preference),
     "evaluate": (Evaluation, *_MODEL),
-    "export": (Export, ImageSettings, Model, Mesh),
+    "export": (Export, Chat, ImageSettings, Model, Mesh),
 }
 
 CHECK: Mapping[str, Callable[[StageRun], None]] = {

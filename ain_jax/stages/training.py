@@ -42,14 +42,24 @@ def check(run: StageRun) -> None:
             f"{run.stage}/Optimizer.matrix_rate = {settings.matrix_rate} is for whole matrices, which {chosen[0]} "
             "leaves as they are: set it to 0"
         )
-    growing = run.get(Vocabulary).parts
+    mixture, growing = run.get(Mixture), run.get(Vocabulary).parts
+    if not run.get(Trainer).steps and mixture.by != "epochs":
+        raise ValueError(
+            f'{run.stage}/Trainer.steps = 0 leaves the number to Mixture.by = "epochs", and by = {mixture.by!r}: '
+            "give the steps, or weights in epochs"
+        )
+    if growing > 1 and mixture.by == "epochs":
+        raise ValueError(
+            f'{run.stage}/Vocabulary.parts = {growing} cuts the stage by its steps: give Mixture.by = "tokens" or '
+            '"examples", and Trainer.steps'
+        )
     for name, taken in {
         'Optimizer.rows = "new"': settings.rows == "new",
         f"Vocabulary.parts = {growing}": growing > 1,
     }.items():
         if taken and not run.extended:
             raise ValueError(f"{run.stage}/{name}, but no stage {EXTEND} makes new pieces: add it, or leave this out")
-    if growing > 1 and (rank or len(run.get(Mixture).phases) > 1):
+    if growing > 1 and (rank or len(mixture.phases) > 1):
         raise ValueError(
             f"{run.stage}/Vocabulary.parts = {growing} grows rows by phases of its own, which neither adapters nor a "
             "mixture with phases allow: leave Lora.rank and Mixture.phases out"
@@ -63,6 +73,7 @@ def fit(run: StageRun, params: Any, loss: Loss, data: loader.Rows) -> dict[str, 
     pairs beside them, or the rows of the new pieces.
     """
     trainer, settings = run.get(Trainer), run.get(Optimizer)
+    trainer = dataclasses.replace(trainer, steps=-(-len(data) // trainer.rows))
     with jax.set_mesh(run.mesh):
         trained, frozen, aim = trained_part(run, params, loss)
         rates = optimizer.rate_tree(trained, settings.rates)
@@ -140,5 +151,6 @@ def training_numbers(path: Path, data: loader.Rows, window: int = 20) -> dict[st
         "slots_filled": round(data.plan.filled, 4),
         "slots_filled_at_best": round(data.plan.best, 4),
         "patches_filled": round(data.plan.patches_filled, 4),
+        "patches_filled_at_best": round(data.plan.patches_best, 4),
         "plan": data.plan.fingerprint,
     }

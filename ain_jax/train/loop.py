@@ -22,15 +22,15 @@ from ain_jax.train.step import Update
 class Trainer:
     """How long a stage trains, on how much at once, and how often it saves."""
 
-    steps: int
+    steps: int  # 0: as many as a mixture by "epochs" makes
     rows: int = 8  # rows of a batch, over all devices and accumulated parts
     accumulate: int = 1
     save_seconds: float = 60.0  # a checkpoint at the first step after so many seconds; the last step always saves
     keep: int = 2  # checkpoints kept
 
     def __post_init__(self):
-        if self.steps < 1 or self.rows < 1 or self.accumulate < 1 or self.keep < 1:
-            raise ValueError("steps, rows, accumulate and keep: expected 1 or more each")
+        if self.steps < 0 or self.rows < 1 or self.accumulate < 1 or self.keep < 1:
+            raise ValueError("rows, accumulate and keep: expected 1 or more each; steps 1 or more, or 0 with epochs")
         if self.rows % self.accumulate:
             raise ValueError(f"rows = {self.rows} cannot be cut into accumulate = {self.accumulate} equal parts")
 

@@ -33,10 +33,13 @@ Model.folder = "{folder}"
 Model.vocabulary_multiple = 8
 Packing.row_tokens = 32
 Tokenizer.pieces = {pieces}
-Tokenizer.learn_from = ("{data}/ar.jsonl",)
-Tokenizer.keep = ("{data}/en.jsonl",)
-Tokenizer.measure = ("{data}/ar.jsonl", "{data}/en.jsonl")
-Mixture.weights = {{"{data}/ar.jsonl": 0.5, "{data}/en.jsonl": 0.5}}
+Sources.files = {{"ar": "{data}/ar.jsonl", "en": "{data}/en.jsonl"}}
+Sources.held_out = {{"ar": 0.4, "en": 0.4}}
+Sources.workers = 1
+Tokenizer.learn_from = ("ar",)
+Tokenizer.keep = ("en",)
+Tokenizer.measure = ("ar", "en")
+Mixture.weights = {{"ar": 0.5, "en": 0.5}}
 Optimizer.learning_rate = 0.01
 Trainer.steps = {steps}
 Trainer.rows = 2
@@ -142,7 +145,7 @@ def test_the_export_is_the_extended_model_and_its_tokenizer(folder, done):
     assert exported.token_to_id(extension.pieces[-1]) == extension.size - 1
     numbers = json.loads((done / "summary.json").read_text("utf-8"))["stages"]
     losses = numbers["extend_tokenizer"]["rows"]
-    assert set(losses["base"]) == {"ar.jsonl", "en.jsonl"}
+    assert set(losses["base"]) == {"ar", "en"}
     assert numbers["new_rows"]["last"]["bits_per_byte"] > 0
 
 

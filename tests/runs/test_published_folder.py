@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import families
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from ain_jax import run
 from ain_jax.data.images import ImageSettings
@@ -32,12 +34,14 @@ Packing.row_patches = {patches}
 Optimizer.learning_rate = 0.01
 Trainer.steps = 3
 Trainer.rows = 2
-instruct/Mixture.weights = {{"{data}/talks.jsonl": 1.0}}
+Sources.files = {{"talks": "{data}/talks.jsonl", "texts": "{data}/texts.jsonl", "pairs": "{data}/pairs.jsonl"}}
+Sources.workers = 1
+instruct/Mixture.weights = {{"talks": 1.0}}
 export/Export.stage = "instruct"
 """
 PREFER = """
 prefer/Start.stage = "instruct"
-prefer/Mixture.weights = {{"{data}/pairs.jsonl": 1.0}}
+prefer/Mixture.weights = {{"pairs": 1.0}}
 """
 LORA = """
 Lora.rank = 2
@@ -205,3 +209,24 @@ def test_a_folder_is_extended_from_its_own_tokenizer_alone(folders, data, tmp_pa
     more = 'extend_tokenizer/Tokenizer.base = "sample:tokenizer/mistral_v1.model"\n'
     assert go(tmp_path, experiment(folders / "qwen2_vl", data, stages, more), "--set", "Experiment.seed=1") == 1
     assert "a published model reads with its own tokenizer; leave Tokenizer.base out" in capsys.readouterr().err
+
+
+def test_a_base_without_a_template_gets_the_one_that_is_named(folders, data, tmp_path):
+    """Its special tokens take new rows, and travel with the export."""
+    base = tmp_path / "base"
+    shutil.copytree(folders / "llama", base)
+    (base / "chat_template.jinja").unlink()
+    written = read_json(base / "tokenizer_config.json")
+    (base / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in written.items() if k != "chat_template"}))
+    text = experiment(base, data, extra='Chat.template = "llama3"\n', patches=0).replace('talks": 1.0', 'texts": 1.0')
+    assert go(tmp_path, text) == 0
+    exported = AutoTokenizer.from_pretrained(str(tmp_path / "run" / "export"))
+    before = AutoTokenizer.from_pretrained(str(base))
+    end = exported.convert_tokens_to_ids("<|eot_id|>")
+    assert exported.eos_token == "<|eot_id|>" and end >= len(before)
+    assert "<|eot_id|>" in exported.chat_template and before.chat_template is None
+    assert exported.encode("كم 3؟ two") == before.encode("كم 3؟ two")
+    said = exported.apply_chat_template([{"role": "user", "content": "x"}], tokenize=True, return_dict=False)
+    params, config = load_folder(tmp_path / "run" / "export")
+    assert max(said) < config.text.vocabulary == params["model"]["embed_tokens"]["weight"].shape[0]
+    assert end in read_json(tmp_path / "run" / "export" / "generation_config.json")["eos_token_id"]

@@ -190,7 +190,7 @@ def test_changed_data_and_shortened_runs_are_refused(run, tmp_path):
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="rows = 6 cannot be cut into accumulate = 4 equal parts"):
         Trainer(steps=1, rows=6, accumulate=4)
-    for wrong in ({"steps": 0}, {"steps": 1, "rows": 0}, {"steps": 1, "keep": 0}):
+    for wrong in ({"steps": -1}, {"steps": 1, "rows": 0}, {"steps": 1, "keep": 0}):
         with pytest.raises(ValueError, match="expected 1 or more each"):
             Trainer(**wrong)
     assert dataclasses.asdict(Trainer(steps=1))["rows"] == 8
