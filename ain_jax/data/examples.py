@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ain_jax.data import columns, positions, visuals
+from ain_jax.data import columns, locks, positions, visuals
 from ain_jax.data.encoding import Encoder, Item, Rejects, encode_batch, encode_documents, first_token
 from ain_jax.data.formats import Record
 from ain_jax.data.packing import Packing, Segment
@@ -140,26 +140,39 @@ def tokenise(
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     path = cache / f"{name}-{fingerprint}"
     if not _finished(path):
-        made = columns.beside(path)
-        try:
-            rejects = Rejects(made / REJECTS, bad_share, len(records))
-            with columns.growing(made, COLUMNS) as files:
-                written = _Written(files, name)
-                for start, batch in _batches(records):
-                    _tokenise_batch(batch, start, encoder, written, rejects)
-                    if progress is not None:
-                        progress(start + len(batch), len(records))
-            groups = written.sort_groups(made)
-            columns.write_rest(made, {"groups": groups, **rejects.counts})
-            columns.put(made, path)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+        with locks.building(path):
+            if not _finished(path):  # by another process, for which this one waited
+                _write(path, name, records, encoder, bad_share, progress)
     rest = columns.read_rest(path)
     arrays: dict[str, Any] = {column: columns.opened(path, column) for column in COLUMNS}
     counts: dict[str, Any] = {name: rest[name] for name in ("bad", "dropped", "split")}
     if (path / REJECTS).is_file():
         counts["rejects"] = path / REJECTS
     return Examples(records=records, groups=tuple(rest["groups"]), fingerprint=fingerprint, **counts, **arrays)
+
+
+def _write(
+    path: Path,
+    name: str,
+    records: Sequence[Record],
+    encoder: Encoder,
+    bad_share: float,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    made = columns.beside(path)
+    try:
+        rejects = Rejects(made / REJECTS, bad_share, len(records))
+        with columns.growing(made, COLUMNS) as files:
+            written = _Written(files, name)
+            for start, batch in _batches(records):
+                _tokenise_batch(batch, start, encoder, written, rejects)
+                if progress is not None:
+                    progress(start + len(batch), len(records))
+        groups = written.sort_groups(made)
+        columns.write_rest(made, {"groups": groups, **rejects.counts})
+        columns.put(made, path)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _finished(path: Path) -> bool:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from ain_jax.data.files_text import COMPRESSED, MAX_LINE, BrokenFile, Found, blocks, decode, open_binary, too_long
+from ain_jax.data.forms_video import VIDEO_FILES
 
-MEMBERS = "__members__"  # in a sample's values: its pictures, by the name of their member
+MEMBERS = "__members__"  # in a sample's values: its pictures and videos, by the name of their member
 KEY = "__key__"  # likewise the name that the members share
+VIDEOS = frozenset(name[1:] for name in VIDEO_FILES)
 PICTURES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
 TEXTS = frozenset(("txt", "text", "caption"))
 
@@ -89,7 +91,7 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def tar_rows(path: str, start: int = 0, stop: int = -1, first: int = 0) -> Iterator[Found]:
-    """Each sample: the keys of its .json, its .txt as "txt", its pictures under MEMBERS, its name under KEY.
+    """Each sample: the keys of its .json, its .txt as "txt", its pictures and videos under MEMBERS, its name under KEY.
 
     Other members (.cls, .npy, sound ...) are passed over. A sample that the file breaks off in is lost.
     """
@@ -103,7 +105,7 @@ def tar_rows(path: str, start: int = 0, stop: int = -1, first: int = 0) -> Itera
                 yield _sample(key, values, faults)
             key, values, faults = new, {}, []
         last = kind.rpartition(".")[2]
-        if not (last in PICTURES or last in TEXTS or last == "json"):
+        if not (last in PICTURES or last in VIDEOS or last in TEXTS or last == "json"):
             continue
         if member.size > MAX_LINE:
             faults.append(f".{kind}: {too_long(member.size)}")
@@ -116,7 +118,7 @@ def tar_rows(path: str, start: int = 0, stop: int = -1, first: int = 0) -> Itera
 
 def _add(values: dict[str, Any], faults: list[str], name: str, kind: str, data: bytes) -> None:
     last = kind.rpartition(".")[2]
-    if last in PICTURES:
+    if last in PICTURES or last in VIDEOS:
         values.setdefault(MEMBERS, {})[name] = data
     elif last == "json":
         read, fault = decode(data.strip().removeprefix(b"\xef\xbb\xbf"))

@@ -1,4 +1,4 @@
-"""The one example type, Record, with its checks and its forms: tensorflow-datasets features, and lines of JSON."""
+"""The one example type, Record, its checks, and the features that tensorflow-datasets builders write of it."""
 
 import io
 import warnings
@@ -61,7 +61,7 @@ def open_picture(data: bytes, where: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that are refused below, and of odd notes in a file
             picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
-            wrong = _size_fault(*picture.size) or _depth_fault(picture.mode)
+            wrong = size_fault(*picture.size) or _depth_fault(picture.mode)
             if wrong:
                 raise _RefusedError(wrong)
             picture.load()
@@ -89,7 +89,8 @@ def open_picture(data: bytes, where: str) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _size_fault(width: int, height: int) -> str:
+def size_fault(width: int, height: int) -> str:
+    """Why pictures of this size are not read; "" for those that are."""
     size = f"picture of {width} x {height} pixels"
     if width * height > MAX_PIXELS:
         return f"{size}; at most {MAX_PIXELS:,} pixels are read: shrink it"

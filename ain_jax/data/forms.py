@@ -35,6 +35,7 @@ from ain_jax.data.forms_text import (
     read_text,
     sides,
 )
+from ain_jax.data.forms_video import Sampling, is_video
 from ain_jax.data.languages import is_language
 from ain_jax.experiment import nearest
 
@@ -130,11 +131,14 @@ def _known(form: str) -> None:
         raise ValueError(f"form {form!r}: no such form; {nearest(form, list(FORMS))}")
 
 
-def to_record(row: Row, form: str, source: str, language: str = "", images: str = "") -> Record:
+def to_record(
+    row: Row, form: str, source: str, language: str = "", images: str = "", sampling: Sampling | None = None
+) -> Record:
     """The Record of a row; a ValueError names the row and all that is wrong with it.
 
     `language` is that of rows which tell none ("und" if it is ""). Relative paths of pictures begin at `images`, or at
-    the folder of the row's file. A row without a name is called by its place.
+    the folder of the row's file. A row without a name is called by its place. `sampling` says which frames of a video's
+    file are kept.
     """
     _known(form)
     if row.values is None:
@@ -146,7 +150,7 @@ def to_record(row: Row, form: str, source: str, language: str = "", images: str 
     reader = FORMS[form].read
     if reader is None:
         plain = {key: value for key, value in values.items() if key not in (MEMBERS, KEY)}
-        kept, found = forms_record.values(plain, folder, members)
+        kept, found = forms_record.values(plain, folder, members, sampling)
         kind = "pair" if kept.get("rejected") else "example"
         kept: dict[str, Any] = {"id": row.where, "source": source, "language": language or "und", "kind": kind} | kept
         record = Record(**kept)
@@ -164,7 +168,7 @@ def to_record(row: Row, form: str, source: str, language: str = "", images: str 
             messages=tuple(Message(role, words) for role, words in draft.turns),
             rejected=draft.rejected,
             images=tuple(picture(ref, folder, members, found) for ref in pictures),
-            videos=tuple(video(ref, folder, members, found) for ref in films),
+            videos=tuple(video(ref, folder, members, found, sampling) for ref in films),
             desirable=draft.desirable,
         )
     # What a reader found says more than what is wrong with the record that could be made then.
@@ -188,8 +192,8 @@ def _placed(values: Mapping[str, Any], draft: Draft, members: Mapping[str, bytes
     The only picture, or the only video, of a row without a place goes before the first words of the user. LLaVA's
     "<image>" stands for a video in rows that have videos and no pictures.
     """
-    pictures = _column(values, IMAGES) or list(members.values())
-    films = _column(values, VIDEOS)
+    pictures = _column(values, IMAGES) or [data for name, data in members.items() if not is_video(name)]
+    films = _column(values, VIDEOS) or [{"path": n, "bytes": data} for n, data in members.items() if is_video(n)]
     if films and not any(isinstance(film, list | tuple) for film in films) and _frames(films):
         films = [films]  # the frames of one video
     if films and not pictures and not draft.videos and len(draft.images) == len(films):
@@ -206,7 +210,8 @@ def _placed(values: Mapping[str, Any], draft: Draft, members: Mapping[str, bytes
 def _frames(films: list[Any]) -> bool:
     """Whether these are pictures, not videos."""
     return all(
-        isinstance(film, bytes | Mapping)
+        isinstance(film, bytes)
+        or (isinstance(film, Mapping) and not is_video(film.get("path")))
         or (isinstance(film, str) and (film[:5] == "data:" or film.lower().rpartition(".")[2] in PICTURES))
         for film in films
     )

@@ -14,9 +14,9 @@ from etils import epath
 
 from ain_jax.data.files_text import is_remote, short
 from ain_jax.data.formats import open_picture, video_faults
+from ain_jax.data.forms_video import VIDEO_FILES, Sampling, frames, is_video
 
 MAX_FILE = 256 * 2**20  # bytes of a picture's file
-VIDEO_FILES = frozenset((".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"))
 
 
 def picture(ref: Any, folder: str, members: Mapping[str, bytes], found: list[str]) -> bytes:
@@ -24,12 +24,23 @@ def picture(ref: Any, folder: str, members: Mapping[str, bytes], found: list[str
     return _opened(ref, folder, members, found)[0]
 
 
-def video(ref: Any, folder: str, members: Mapping[str, bytes], found: list[str]) -> tuple[bytes, ...]:
-    """The encoded frames of a video: a list of pictures, or a folder of them, taken in the order of their names.
+def video(
+    ref: Any, folder: str, members: Mapping[str, bytes], found: list[str], sampling: Sampling | None = None
+) -> tuple[bytes, ...]:
+    """The encoded frames of a video: a list of pictures, a folder of them in the order of their names, or a file.
 
-    Files of videos are not decoded.
+    Of a file those that `sampling` asks for are decoded.
     """
     told = f"video {_name(ref)}"
+    if isinstance(ref, Mapping):  # as Hugging Face's datasets stores a video, and as parts of messages name it
+        data, name = ref.get("bytes"), next((ref[k] for k in ("path", "url", "video") if ref.get(k) is not None), None)
+        ref = bytes(data) if isinstance(data, bytes | bytearray | memoryview) else name
+    if isinstance(ref, bytes) or is_video(ref):
+        try:
+            return frames(_video_file(ref, folder, members), told, sampling or Sampling())
+        except ValueError as error:
+            found.append(str(error) if told in str(error) else f"{told}: {error}")
+            return ()
     if isinstance(ref, str):
         try:
             path = epath.Path(_path(ref, folder))
@@ -37,10 +48,11 @@ def video(ref: Any, folder: str, members: Mapping[str, bytes], found: list[str])
         except (OSError, ValueError, ImportError) as error:
             found.append(f"{told}: {getattr(error, 'strerror', None) or error}")
             return ()
-        suffix = os.path.splitext(ref)[1].lower()
-        if suffix in VIDEO_FILES or "://" in ref.removeprefix("gs://") or not is_folder:
-            what = "files of videos are not decoded" if suffix in VIDEO_FILES else f"no such folder in {folder or '.'}"
-            found.append(f"{told}: {what}; give a list of its frames as pictures, or a folder of them")
+        if "://" in ref.removeprefix("gs://") or not is_folder:
+            found.append(
+                f"{told}: no such folder in {folder or '.'}, and no video's file ({', '.join(sorted(VIDEO_FILES))}); "
+                "give a list of its frames as pictures, a folder of them, or a video's file"
+            )
             return ()
         ref = [str(frame) for frame in sorted(path.iterdir()) if not frame.name.startswith(".")]
     if not isinstance(ref, list | tuple) or not ref:
@@ -49,6 +61,19 @@ def video(ref: Any, folder: str, members: Mapping[str, bytes], found: list[str])
     opened = [_opened(frame, folder, members, found) for frame in ref]
     found += video_faults(told, [size for _, size in opened])
     return tuple(data for data, _ in opened)
+
+
+def _video_file(ref: str | bytes, folder: str, members: Mapping[str, bytes]) -> str | bytes:
+    """The path of a video's file, or its bytes."""
+    if isinstance(ref, bytes):
+        return ref
+    if ref[:7].lower() in ("http://", "https:/"):
+        raise ValueError("nothing is fetched from the web; load the file and give its path")
+    member = _member(ref, members)
+    path = _path(ref, folder)
+    if member is None and not is_remote(path) and not os.path.isfile(path):
+        raise ValueError(f"no such file in {folder or '.'}{_near(path)}")
+    return path if member is None else member
 
 
 def _opened(
@@ -76,11 +101,16 @@ def _bytes(ref: Any, folder: str, members: Mapping[str, bytes]) -> bytes:
         return _data_url(ref)
     if ref[:7].lower() in ("http://", "https:/"):
         raise ValueError(f"picture {_name(ref)}: nothing is fetched from the web; load the file and give its path")
+    member = _member(ref, members)
+    return _file(ref, folder) if member is None else member
+
+
+def _member(ref: str, members: Mapping[str, bytes]) -> bytes | None:
     for name in (ref, ref.removeprefix("./"), os.path.basename(ref)):
         for member, data in members.items():
             if name in (member, member.removeprefix("./"), os.path.basename(member)):
                 return data
-    return _file(ref, folder)
+    return None
 
 
 def _data_url(ref: str) -> bytes:

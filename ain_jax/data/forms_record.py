@@ -6,6 +6,7 @@ from typing import Any
 from ain_jax.data.files_text import short
 from ain_jax.data.formats import IMAGE, Message
 from ain_jax.data.forms_media import picture, video
+from ain_jax.data.forms_video import Sampling
 from ain_jax.experiment import nearest
 
 LINE_KEYS = (
@@ -15,12 +16,16 @@ TEXTS = ("id", "source", "language", "kind", "text", "rejected")
 
 
 def values(
-    value: Mapping[str, Any], folder: str, members: Mapping[str, bytes] | None = None
+    value: Mapping[str, Any],
+    folder: str,
+    members: Mapping[str, bytes] | None = None,
+    sampling: Sampling | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """(what the object gives as arguments of Record, all that is wrong with it).
 
     `text`, or `messages` ([{"role", "content"}]) and perhaps `rejected`, `desirable` (true or false), `images` (paths
-    below `folder`, one per "<image>") and `videos` (a list of frames' paths, or a folder of them, per "<video>").
+    below `folder`, one per "<image>") and `videos` (a list of frames' paths, a folder of them, or a
+    video's file, per "<video>").
     """
     value, found = dict(value), []
     found += _key_faults(value, LINE_KEYS)
@@ -35,7 +40,7 @@ def values(
         found.append(f"images = {short(images)}: expected a list of paths")
         images = []
     if not isinstance(videos, list) or not all(isinstance(frames, str | list) for frames in videos):
-        found.append(f"videos = {short(videos)}: expected a list of folders, or of lists of frames' paths")
+        found.append(f"videos = {short(videos)}: expected a list of files, of folders, or of lists of frames' paths")
         videos = []
     if not isinstance(value.get("desirable"), bool | None):
         found.append(f"desirable = {short(value.pop('desirable'))}: expected true or false, or no such key")
@@ -51,7 +56,7 @@ def values(
     return kept | {
         "messages": tuple(turns),
         "images": tuple(picture(name, folder, members or {}, found) for name in images),
-        "videos": tuple(video(frames, folder, members or {}, found) for frames in videos),
+        "videos": tuple(video(frames, folder, members or {}, found, sampling) for frames in videos),
     }, found
 
 

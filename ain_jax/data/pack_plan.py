@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ain_jax.data import columns, planning
+from ain_jax.data import columns, locks, planning
 from ain_jax.data.examples import Examples
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
@@ -73,13 +73,15 @@ def plan(
     wanted = fingerprint(sources, mixture, packing, rows, seed, rows_per_batch)
     if stored_fingerprint(path) == wanted:
         return load(path)
-    made = columns.beside(path)
-    try:
-        numbers = planning.write(sources, mixture, packing, rows, seed, made, rows_per_batch)
-        save(PackPlan(**_arrays(made), **numbers, fingerprint=wanted), path)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-    return load(path)
+    with locks.building(path):
+        if stored_fingerprint(path) != wanted:  # another process may have made it, for which this one waited
+            made = columns.beside(path)
+            try:
+                numbers = planning.write(sources, mixture, packing, rows, seed, made, rows_per_batch)
+                save(PackPlan(**_arrays(made), **numbers, fingerprint=wanted), path)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+        return load(path)
 
 
 def fingerprint(sources, mixture, packing, rows, seed, rows_per_batch: int = 0) -> str:

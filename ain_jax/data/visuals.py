@@ -3,7 +3,6 @@
 Both go by the order in which "<image>" and "<video>" stand in the messages, and so do the patches of a row.
 """
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -78,9 +77,8 @@ def _measured(medium: bytes | tuple[bytes, ...], settings: PictureSettings | Non
 def _size(picture: bytes) -> tuple[int, int]:
     """Width and height, from the head of the file."""
     try:
-        with Image.open(io.BytesIO(picture)) as opened:
-            return opened.size
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return images.open_image(picture).size
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f": a picture of {len(picture)} bytes cannot be read ({error})") from None
 
 

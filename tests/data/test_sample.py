@@ -305,7 +305,7 @@ def test_interrupted_build_is_not_mistaken_for_a_finished_one(tmp_path, monkeypa
     built = build("translate", tmp_path, TINY)
     assert len(records(built, "train")) == len(make("translate", "train"))
     assert not left_over.exists()
-    assert {path.name for path in left_over.parent.iterdir()} == {"1.0.0"}
+    assert {path.name for path in left_over.parent.glob("[!.]*")} == {"1.0.0"}
 
 
 QUIET = """

@@ -22,6 +22,7 @@ from ain_jax.data import files, forms
 from ain_jax.data.builders.coding import serialise
 from ain_jax.data.builders.records import Group
 from ain_jax.data.files import Part, Row
+from ain_jax.data.forms_video import Sampling
 
 SHARD_BYTES = 512 << 20  # of records before compression; a worker begins another shard then
 OPTIONS = "group_size:1"  # each record by itself, as reading by index wants it
@@ -40,6 +41,7 @@ class Job:
     language: str
     images: str
     ids: str  # "own" or "place"
+    sampling: Sampling
     held_out: float
     folder: str  # of unfinished files
     parent: int  # the process for which the work is done
@@ -101,7 +103,7 @@ def convert(job: Job, task: int, parts: Sequence[Part], tick: Callable[[int, int
             try:
                 if row.values is None:
                     raise ValueError(row.fault)
-                record = forms.to_record(row, job.form, job.source, job.language, job.images)
+                record = forms.to_record(row, job.form, job.source, job.language, job.images, job.sampling)
                 if job.ids == "place":
                     record = replace(record, id=row.where)
                 data, hashed = serialise(record), id_hash(record.id)

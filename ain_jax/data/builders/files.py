@@ -26,7 +26,7 @@ from tensorflow_datasets.core import dataset_builder
 from tensorflow_datasets.core.splits import SplitDict
 from tqdm import tqdm
 
-from ain_jax.data import files, files_text, forms
+from ain_jax.data import files, files_text, forms, locks
 from ain_jax.data.builders import convert, features, merge
 from ain_jax.data.builders.records import Records, records, write_index
 from ain_jax.data.builders.sources import Source, Sources
@@ -98,6 +98,7 @@ class Files(dataset_builder.FileReaderBuilder):
             language=source.language,
             images=source.images,
             ids=source.ids,
+            sampling=source.sampling,
             held_out=source.held_out,
             folder=str(work),
             parent=os.getpid(),
@@ -215,15 +216,19 @@ def build(name: str, sources: Sources, data_dir: str | Path, progress: bool | No
         builder = Files(config=config, data_dir=str(data_dir), file_format="array_record")
         target = Path(builder.data_dir)
         rejects = target.parent / "rejects.jsonl"
-        made = not (target / "dataset_info.json").is_file()  # written before the folder gets its name
-        if made:
-            _clean(target)
-            downloads = target.parent / "incomplete.downloads"  # stays empty, yet is asked for
-            try:
-                builder.download_and_prepare(download_dir=downloads)
-            finally:
-                _clean(target)
-            builder = Files(config=config, data_dir=str(data_dir), file_format="array_record")
+        finished, made = target / "dataset_info.json", False  # written before the folder gets its name
+        if not finished.is_file():
+            with locks.building(target):
+                made = not finished.is_file()  # another process may have made it, for which this one waited
+                if made:
+                    _clean(target)
+                    builder = Files(config=config, data_dir=str(data_dir), file_format="array_record")
+                    downloads = target.parent / "incomplete.downloads"  # stays empty, yet is asked for
+                    try:
+                        builder.download_and_prepare(download_dir=downloads)
+                    finally:
+                        _clean(target)
+                builder = Files(config=config, data_dir=str(data_dir), file_format="array_record")
     told = summary(builder)
     _check(name, told, sources.bad_share, rejects)
     if made and progress is not False:

@@ -42,6 +42,12 @@ class Group:
         return cls(record.language, record.kind, bool(record.rejected))
 
 
+def _in_order(records: "Selected | Records", step: int) -> Iterator[Record]:
+    """The records in order, so many read at a time."""
+    for start in range(0, len(records), step):
+        yield from records[start : start + step]
+
+
 class Selected(Sequence[Record]):
     """Some records of a split, by their numbers `indices_E` there. Copies for other processes are small."""
 
@@ -65,10 +71,7 @@ class Selected(Sequence[Record]):
         return self.records.__getitems__(self.indices_E[np.asarray(indices, np.int64)].tolist())
 
     def __iter__(self) -> Iterator[Record]:
-        """The records in order, many read at a time."""
-        step = self.records.at_a_time
-        for start in range(0, len(self), step):
-            yield from self[start : start + step]
+        return _in_order(self, self.records.at_a_time)
 
     def take(self, indices_E: Any) -> "Selected":
         """Those of these numbers."""
@@ -130,9 +133,7 @@ class Records(Sequence[Record]):
         return f"remove the folder {self.folder}, and it is made again"
 
     def __iter__(self) -> Iterator[Record]:
-        """The records in order, many read at a time."""
-        for start in range(0, len(self), self.at_a_time):
-            yield from self[start : start + self.at_a_time]
+        return _in_order(self, self.at_a_time)
 
     def take(self, indices_E: Any) -> Selected:
         """The records of these numbers, not read yet."""
@@ -158,15 +159,21 @@ class Records(Sequence[Record]):
 
     def languages(self) -> dict[str, int]:
         """The rows of each language."""
-        return dict(sum((Counter({g.language: g.rows}) for g in self.groups()), Counter()))
+        return self._rows_by("language")
 
     def kinds(self) -> dict[str, int]:
         """The rows of each kind."""
-        return dict(sum((Counter({g.kind: g.rows}) for g in self.groups()), Counter()))
+        return self._rows_by("kind")
 
     def labels(self) -> dict[str, int]:
         """The rows of each part that `select` gives."""
-        return dict(sum((Counter({g.label: g.rows}) for g in self.groups()), Counter()))
+        return self._rows_by("label")
+
+    def _rows_by(self, name: str) -> dict[str, int]:
+        rows: Counter[str] = Counter()
+        for group in self.groups():
+            rows[getattr(group, name)] += group.rows
+        return dict(rows)
 
     def select(self, label: str) -> Selected:
         """The records of a language, or of preference pairs those of a kind."""

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from ain_jax import sample
-from ain_jax.data import formats, render
+from ain_jax.data import formats, locks, render
 from ain_jax.data.builders import coding, features, sample_records
 from ain_jax.data.builders.coding import parse
 from ain_jax.data.builders.records import Records, records
@@ -95,12 +95,16 @@ def build(
     with features.quiet():
         builder = Sample(config=config, data_dir=str(data_dir), file_format="array_record")
         target = Path(builder.data_dir)
-        if not (target / "dataset_info.json").is_file():  # written before the folder gets its name
-            for left_over in target.parent.glob("incomplete.*"):  # of a build that was killed
-                shutil.rmtree(left_over)
-            downloads = target.parent / "incomplete.downloads"  # stays empty, yet is asked for
-            builder.on_record = on_record
-            builder.download_and_prepare(download_dir=downloads)
-            shutil.rmtree(downloads, ignore_errors=True)
-            builder = Sample(config=config, data_dir=str(data_dir), file_format="array_record")
+        finished = target / "dataset_info.json"  # written before the folder gets its name
+        if not finished.is_file():
+            with locks.building(target):
+                builder = Sample(config=config, data_dir=str(data_dir), file_format="array_record")
+                if not finished.is_file():  # another process may have made it, for which this one waited
+                    for left_over in target.parent.glob("incomplete.*"):  # of a build that was killed
+                        shutil.rmtree(left_over)
+                    downloads = target.parent / "incomplete.downloads"  # stays empty, yet is asked for
+                    builder.on_record = on_record
+                    builder.download_and_prepare(download_dir=downloads)
+                    shutil.rmtree(downloads, ignore_errors=True)
+                    builder = Sample(config=config, data_dir=str(data_dir), file_format="array_record")
     return builder

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ain_jax.data import forms
+from ain_jax.data.forms_video import Sampling
 from ain_jax.experiment import nearest
 
 
@@ -19,6 +20,8 @@ class Sources:
     # name -> "place": a record is named by its file and line, for published sets that give one id to several rows
     ids: Mapping[str, str] = field(default_factory=dict)
     held_out: Mapping[str, float] = field(default_factory=dict)  # name -> share of records in the split "test", by id
+    fps: float = 2.0  # frames a second that are taken of videos' files (.mp4, .webm ...)
+    max_frames: int = 768  # of a longer video so many, spread evenly over it
     bad_share: float = 0.01  # more rejected rows than this stop the run
     workers: int = 0  # processes; 0: one a core
 
@@ -43,6 +46,10 @@ class Sources:
         for name, share in self.held_out.items():
             if not 0 <= share < 1:
                 found.append(f"held_out[{name!r}] = {share}: expected a share from 0 to below 1")
+        try:
+            Sampling(self.fps, self.max_frames)
+        except ValueError as error:
+            found.append(str(error))
         if not 0 <= self.bad_share <= 1:
             found.append(f"bad_share = {self.bad_share}: expected a share of the rows, 0 to 1")
         if self.workers < 0:
@@ -63,6 +70,7 @@ class Sources:
             self.images.get(name, ""),
             self.ids.get(name, "own"),
             float(self.held_out.get(name, 0.0)),
+            Sampling(self.fps, self.max_frames),
         )
 
 
@@ -77,3 +85,4 @@ class Source:
     images: str
     ids: str
     held_out: float
+    sampling: Sampling
