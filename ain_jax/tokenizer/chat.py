@@ -22,6 +22,7 @@ from ain_jax.tokenizer import templates
 from ain_jax.tokenizer.chat_marks import generated
 from ain_jax.tokenizer.chat_mask import Masks
 from ain_jax.tokenizer.chat_render import Renderer, Span, shown
+from ain_jax.tokenizer.chat_tokens import encode, encode_spans
 
 CHATML_TEMPLATE = templates.named("chatml").text
 PROBES = ("Hello world", " leading", "two  blanks", "line\nline\t1", "مرحبا بالعالم", "é 日本 🙂", "")
@@ -116,10 +117,9 @@ def encode_chats(
         except ValueError as error:
             faults[number] = str(error)
     results = []
-    encodings = _encode(tokenizer, [text for text, _ in texts.values()])
-    for (number, (text, spans)), encoding in zip(texts.items(), encodings, strict=True):
+    for (number, (text, _)), found in zip(texts.items(), encode_spans(tokenizer, list(texts.values())), strict=True):
         try:
-            results.append(_finish(tokenizer, renderer, text, spans, encoding, chats[number][1]))
+            results.append(_finish(tokenizer, renderer, text, *found, chats[number][1]))
         except ValueError as error:
             faults[number] = str(error)
     if faults and len(chats) == 1:
@@ -151,7 +151,7 @@ def encode_prompt(
     parts, kinds = renderer.messages(messages, len(image_tokens))
     text, _ = generated(renderer.render(parts, prompt=True))
     text, _ = renderer.expand(text, [], kinds, image_tokens, parts)
-    return np.array(_encode(tokenizer, [text])[0].ids, np.int32)
+    return np.array(encode(tokenizer, [text])[0].ids, np.int32)
 
 
 def end_of_turn(tokenizer: Any, settings: Chat = Chat()) -> str:
@@ -171,7 +171,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     backend = tokenizer.backend_tokenizer
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
     try:
-        return [np.array(encoding.ids, np.int32) for encoding in _encode(tokenizer, texts)]
+        return [np.array(encoding.ids, np.int32) for encoding in encode(tokenizer, texts)]
     finally:
         backend.encode_special_tokens = before
 
@@ -190,29 +190,18 @@ def _renderer(tokenizer: Any, settings: Chat) -> Renderer:
 
 
 def _finish(
-    tokenizer: Any, renderer: Renderer, text: str, spans: Sequence[Span], encoding: Any, counts: Sequence[int]
+    tokenizer: Any, renderer: Renderer, text: str, ids: np.ndarray, learn: np.ndarray, counts: Sequence[int]
 ) -> Encoded:
-    """Ids and mask: a token is learnt if any of its characters lies in a span, as transformers has it.
-
-    So "▁yes" is learnt where " " belongs to the prompt's last word, as in Llama-2's "[/INST] yes".
-    """
-    ids = np.array(encoding.ids, np.int32)
-    learn = np.zeros(len(ids), bool)
-    for start, end in spans:
-        first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
-        last = next((t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None), None)
-        if first is None or last is None:
-            continue
-        while last + 1 < len(ids) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
-            last += 1  # the further bytes of one character
-        learn[first : last + 1] = True
-    places = np.isin(ids, list(renderer.pad_ids.values()))
+    """Ids and mask without the places of pictures, once nothing is found wrong with them."""
+    places = np.zeros(len(ids), bool)
+    for pad in renderer.pad_ids.values():
+        places |= ids == pad
     if places.sum() != sum(counts):
         raise ValueError(
             f"{places.sum()} places for pictures among the ids and {sum(counts)} expected ({list(counts)}): the "
             f"tokenizer does not keep {' and '.join(renderer.pads.values())} whole"
         )
-    learn &= ~places
+    learn = learn & ~places
     if not learn.any():
         raise ValueError(
             "the chat template leaves no token to learn from; put {% generation %} around what is said: "
@@ -234,9 +223,3 @@ def _refuse_second_bos(renderer: Renderer, text: str) -> None:
                 f"character {at}, which is neither the beginning nor behind an end of turn: "
                 f"{shown(text, at, at + len(renderer.bos))!r}"
             )
-
-
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
-    backend = tokenizer.backend_tokenizer
-    assert backend.truncation is None and backend.padding is None, "the tokenizer truncates or pads"
-    return backend.encode_batch(list(texts), add_special_tokens=False) if texts else []

@@ -103,6 +103,8 @@ class Renderer:
         self.end = any_of(self.ends)
         literal = any_of(tuple(token for token in special if token not in (IMAGE, VIDEO))).pattern
         self.literal = re.compile(f"{literal}|[{OURS}]")
+        # Most texts hold no character that such a token begins with; to look for one character is much cheaper.
+        self.may_be_literal = re.compile(f"[{''.join(re.escape(token[0]) for token in special if token)}{OURS}]")
         self.pad = any_of(tuple(self.pads.values()))
 
     def messages(self, messages: Sequence[Any], count: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -117,7 +119,7 @@ class Renderer:
             role, content = (message.get(k) if known else getattr(message, k, None) for k in ("role", "content"))
             if not isinstance(role, str) or not isinstance(content, str):
                 raise ValueError(f"message {number} has the role {role!r} and the content {content!r}, expected texts")
-            literal = self.literal.search(content) or self.literal.search(role)
+            literal = self._literal(content) or self._literal(role)
             if literal:
                 raise ValueError(
                     f"message {number} ({role}) holds {literal.group()!r} as text, which would become a control token; "
@@ -146,6 +148,10 @@ class Renderer:
                 "tokenizer that sees, or add the template qwen2_vl or llava"
             )
         return result, kinds
+
+    def _literal(self, text: str) -> re.Match[str] | None:
+        begin = self.may_be_literal.search(text)
+        return self.literal.search(text, begin.start()) if begin else None
 
     def render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         """The text of messages; with prompt, what then makes the assistant speak."""
