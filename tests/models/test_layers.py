@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ain_jax.models.layers import Einsum, Embedding, Norm, rotate, run_layers, text_rotary, vision_rotary
+from ain_jax.models.layers import Einsum, Embedding, Norm, check_remat, rotate, run_layers, text_rotary, vision_rotary
 
 
 def test_pairs_turn_with_time_then_height_then_width():
@@ -79,5 +81,13 @@ def test_an_id_outside_the_table_is_no_other_row():
 
 
 def test_an_unknown_remat_policy_is_refused():
-    with pytest.raises(ValueError, match="remat='some': expected one of none, full, dots"):
+    with pytest.raises(ValueError, match="remat='some': expected one of none, full, offload, .*, dots"):
         run_layers({}, [], None, None, "some")
+
+
+def test_offloading_is_refused_where_the_host_lends_no_memory(monkeypatch):
+    device = SimpleNamespace(platform="npu", addressable_memories=lambda: [SimpleNamespace(kind="device")])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    check_remat("full")
+    with pytest.raises(ValueError, match="remat='offload' keeps .* platform npu have device alone: take none, full"):
+        check_remat("offload")

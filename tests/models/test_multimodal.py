@@ -10,6 +10,7 @@ import pytest
 from ain_jax.data.positions import mrope_positions, patch_positions
 from ain_jax.generate import Prompt, rows_of
 from ain_jax.models.config import tiny
+from ain_jax.models.layers import REMAT
 from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
 
 CONFIG = tiny(tied=False)
@@ -111,21 +112,53 @@ def test_logits_may_be_asked_for_at_some_positions(params):
     np.testing.assert_allclose(logits_BLV[1, 2], logits_V, atol=1e-5)
 
 
-def test_rematerialised_layers_give_the_same_gradients(params):
+@pytest.fixture(scope="module")
+def gradients(params):
+    """(loss, gradients) by policy."""
+    return lru_cache(lambda remat: jax.jit(jax.value_and_grad(squares(remat)))(params))
+
+
+def squares(remat):
     arrays, _ = packed_row()
+    return lambda p: jnp.mean(jnp.square(MultimodalModel(CONFIG, remat=remat).apply({"params": p}, **arrays)))
 
-    def gradients(remat):
-        def loss(p):
-            return jnp.mean(jnp.square(MultimodalModel(CONFIG, remat=remat).apply({"params": p}, **arrays)))
 
-        return jax.jit(jax.grad(loss))(params)
-
-    plain, full = gradients("none"), gradients("full")
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+def test_rematerialised_layers_give_the_same_gradients(gradients, remat):
+    plain_loss, plain = gradients("none")
+    loss, found = gradients(remat)
     assert all(
         np.abs(leaf).max() > 0 for leaf in jax.tree.leaves({"v": plain["visual"], "l": plain["model"]["layers"]})
     )
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(full), strict=True):
+    assert float(loss) == pytest.approx(float(plain_loss), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-4)
+
+
+# By hand: what is computed again of the products of a decoder layer (q, k, v, scores, sum of values, o, gate, up; never
+# down, which nothing needs again) and of a vision block (qkv, scores, sum of values, proj, fc1; never fc2).
+@pytest.mark.parametrize(
+    "remat, again",
+    [
+        ("full", 8 + 5),
+        ("offload", 8 + 5),
+        ("attention", 7 + 4),  # not the sum of values
+        ("minimal", 3 + 2),  # scores, and the wide products of the MLP
+        ("offload_minimal", 3 + 2),
+        ("dots", 2 + 2),  # scores and sum of values alone
+    ],
+)
+def test_a_policy_computes_again_what_it_does_not_keep(params, remat, again):
+    def products(jaxpr):
+        inner = [
+            v for eqn in jaxpr.eqns for value in eqn.params.values() for v in jax.tree.leaves(value, is_leaf=is_jaxpr)
+        ]
+        own = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
+        return own + sum(products(getattr(v, "jaxpr", v)) for v in inner if is_jaxpr(v))
+
+    is_jaxpr = lambda v: hasattr(getattr(v, "jaxpr", v), "eqns")
+    of = lambda name: products(jax.make_jaxpr(jax.grad(squares(name)))(params).jaxpr)
+    assert of(remat) - of("none") == again
 
 
 def test_bfloat16_stays_near_float32(params):
