@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ain_jax.data.batch import Batch, PairBatch
+from ain_jax.train import vocabulary
 
 
 @jax.tree_util.register_dataclass
@@ -45,8 +46,7 @@ class NextToken:
 PLAIN = NextToken()
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-TARGET_CHUNK = 64  # learnt positions of each row whose logits are held at once, where they are too many to hold all
-HELD_LOGITS = 2**25  # this many are held until the backward pass: 128 MiB in float32
+HELD_LOGITS = 2**25  # so many logits are held at once, on a device: 128 MiB in float32
 
 
 def target_log_probs(
@@ -55,8 +55,8 @@ def target_log_probs(
     """Three (B, C) arrays: log-probability in nats of each target, whether the model's first choice is it, and the
     mean log-probability of the whole vocabulary there (for label smoothing).
 
-    The head runs on learnt positions only. Where their logits are more than HELD_LOGITS it runs in chunks whose
-    logits are made anew in the backward pass: memory holds B x TARGET_CHUNK rows of the vocabulary, never the whole.
+    The head runs on learnt positions only. Where their logits are more than HELD_LOGITS, the vocabulary is read in
+    blocks whose logits are made anew in the backward pass (`vocabulary.py`).
     """
     variables = {"params": params, **others}
     hidden_BLD = model.apply(
@@ -71,27 +71,16 @@ def target_log_probs(
         method="hidden",
     )
     hidden_BCD = jnp.take_along_axis(hidden_BLD, batch.predict_at_BC[..., None], axis=1)
-    B, C = batch.predict_at_BC.shape
-    score = functools.partial(_score, model, variables)
     logits = jax.eval_shape(functools.partial(model.apply, method="logits"), variables, hidden_BCD)
     if logits.size <= HELD_LOGITS:
-        return score(hidden_BCD, batch.targets_BC)
-    chunk = min(TARGET_CHUNK, C)
-    chunks = -(-C // chunk)
-    pad = chunks * chunk - C
-    hidden_BCD = jnp.pad(hidden_BCD, ((0, 0), (0, pad), (0, 0)))
-    targets_BC = jnp.pad(batch.targets_BC, ((0, 0), (0, pad)))
-    one_chunk = jax.checkpoint(lambda _, inputs: (None, score(*inputs)))
-    by_chunk = lambda x: jnp.moveaxis(x.reshape(B, chunks, chunk, *x.shape[2:]), 1, 0)
-    _, columns = jax.lax.scan(one_chunk, None, (by_chunk(hidden_BCD), by_chunk(targets_BC)))
-    back = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * chunk)[:, :C]
-    log_probs_BC, correct_BC, mean_BC = (back(column) for column in columns)
-    return log_probs_BC, correct_BC, mean_BC
+        return _score(model, variables, hidden_BCD, batch.targets_BC)
+    pairs, cap = model.apply(variables, hidden_BCD, method="head")
+    return vocabulary.log_probs(pairs, batch.targets_BC, cap, HELD_LOGITS)
 
 
 def _score(model: Any, variables: Any, hidden_BCD: jax.Array, targets_BC: jax.Array):
     """What `target_log_probs` returns, of these positions."""
-    logits_BCV = model.apply(variables, hidden_BCD, method="logits").astype(jnp.float32)
+    logits_BCV = model.apply(variables, hidden_BCD, method="logits")
     chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     norm_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     correct_BC = chosen_BC >= logits_BCV.max(axis=-1)

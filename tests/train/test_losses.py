@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ain_jax.data.batch import Batch
-from ain_jax.data.packing import Packing
+from ain_jax.data.packing import Packing, pack
 from ain_jax.models.multimodal import MultimodalModel, init_params
 from ain_jax.train import losses
 
@@ -108,9 +108,9 @@ def random_batch(seed, B=2, L=40, C=24, V=30, groups=3):
     )
 
 
-@pytest.mark.parametrize("held", [0, losses.HELD_LOGITS], ids=["chunks", "whole"])
+@pytest.mark.parametrize("held", [0, losses.HELD_LOGITS], ids=["blocks", "whole"])
 @pytest.mark.parametrize("C", [1, 24, 64, 65, 150])
-def test_log_probabilities_do_not_depend_on_the_chunks(C, held, monkeypatch):
+def test_log_probabilities_do_not_depend_on_the_blocks(C, held, monkeypatch):
     monkeypatch.setattr(losses, "HELD_LOGITS", held)
     batch, params = random_batch(C, C=C, V=192), worked.table()
     log_probs_BC, correct_BC, mean_BC = losses.target_log_probs(worked.Bigram(), params, batch)
@@ -122,14 +122,13 @@ def test_log_probabilities_do_not_depend_on_the_chunks(C, held, monkeypatch):
     np.testing.assert_allclose(mean_BC, worked.log_table(params)[last_BC].mean(axis=-1), atol=2e-5)
 
 
-def test_gradients_do_not_depend_on_the_chunks(params, monkeypatch):
+def test_gradients_do_not_depend_on_the_blocks(params, monkeypatch):
     loss, batch = (
         losses.next_token(MultimodalModel(worked.CONFIG), 2),
         worked.batch([[s for e in range(3) for s in worked.segments(TEXTS, e)]], TEXT),
     )
     whole = with_gradient(loss)(params, batch)
     monkeypatch.setattr(losses, "HELD_LOGITS", 0)
-    monkeypatch.setattr(losses, "TARGET_CHUNK", 7)
     assert_same(with_gradient(loss)(params, batch), whole)
 
 
@@ -212,3 +211,9 @@ def test_rematerialised_layers_have_the_same_loss_and_gradients(params):
         for remat in ("none", "full")
     )
     assert_same(plain, again)
+
+
+def test_more_learnt_tokens_than_the_capacity_stop_the_plan():
+    expected = "example 1 has 4 tokens, 0 patches and 3 learnt tokens; a row holds 8, 0 and 2"
+    with pytest.raises(ValueError, match=expected):
+        list(pack([(4, 0, 2), (4, 0, 3)], Packing(row_tokens=8, row_targets=2)))
