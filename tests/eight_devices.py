@@ -1,15 +1,18 @@
-"""Prints, as JSON, what two updates come to on one device and on eight simulated ones: run by test_sharding.py.
+"""Prints, as JSON, what updates come to on one device and on eight simulated ones: run by test_sharding.py.
 
-A process of its own, because the number of simulated devices is fixed when jax starts.
+A process of its own, because the number of simulated devices is fixed when jax starts. With "every" as a second
+argument all cases of `mesh_cases` run on all meshes, which takes minutes, and each line is printed as it comes.
 """
 
 import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mesh_cases
 import numpy as np
 import worked
 
@@ -23,6 +26,28 @@ from ain_jax.weights.export import write_json, write_weights
 
 CONFIG = tiny(tied=False, layers=1)
 MARKS = {"pack_plan": "abc"}
+
+MESHES = {
+    "slice": {"slice": 8},
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "sequence": {"sequence": 8},
+    "tensor": {"tensor": 8},
+    "slice x fsdp": {"slice": 2, "fsdp": 4},
+    "fsdp x sequence": {"fsdp": 4, "sequence": 2},
+    "sequence x tensor": {"sequence": 4, "tensor": 2},
+    "data x fsdp x tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp x sequence x tensor": {"fsdp": 2, "sequence": 2, "tensor": 2},
+    "slice x data x sequence": {"slice": 2, "data": 2, "sequence": 2},
+}
+# What is not the same as on the one device beside the mesh: it must not matter either.
+CHOSEN: list[tuple[str, str, dict[str, Any]]] = [
+    ("pictures", "slice x fsdp", {"remat": "full"}),
+    ("pictures", "fsdp x sequence x tensor", {"remat": "offload_minimal"}),
+    ("tiles", "sequence x tensor", {}),
+    ("windows", "fsdp x sequence", {"accumulate": 2}),
+    ("pairs and adapters", "data x fsdp x tensor", {}),
+]
 
 
 def rows(folder: Path) -> loader.Rows:
@@ -94,19 +119,40 @@ def published(mesh: jax.sharding.Mesh, folder: Path) -> dict:
     }
 
 
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    return sharding.make_mesh(sharding.Mesh(**({"data": 1} | MESHES[name])))
+
+
+def apart(chosen: list[tuple[str, str, dict[str, Any]]], say: bool = False) -> dict[str, Any]:
+    """By case and mesh, how far ten updates there are from those of one device."""
+    made, alone, found = mesh_cases.cases(), {}, {}
+    for name, where, changed in chosen:
+        if name not in alone:
+            alone[name] = made[name].run(sharding.one_device())
+            found[name] = {"losses": alone[name].losses}
+        result = dataclasses.replace(made[name], **changed).run(mesh_of(where))
+        found[f"{name}, {where}"] = result.apart(alone[name])
+        if say:
+            print(name, where, found[f"{name}, {where}"], flush=True)
+    return found
+
+
 def main(folder: Path) -> None:
     made = rows(folder)
-    names = tuple(f.name for f in dataclasses.fields(sharding.Mesh))
-    one = jax.make_mesh((1, 1, 1), names, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    one = sharding.one_device()
     eight = sharding.make_mesh(sharding.Mesh(data=-1, fsdp=2, tensor=2))
     found = {"one": on(one, made, folder / "one"), "eight": on(eight, made, folder / "eight")}
     # What eight devices wrote, one device reads.
     like = sharding.layout(axis_names(CONFIG), abstract_params(CONFIG), one)
     read, again = (checkpoint.load_params(folder / name, like) for name in ("one", "eight"))
-    apart = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), read, again)
+    differ = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), read, again)
     found["published"] = published(eight, folder / "published")
-    print(json.dumps(found | {"apart": max(jax.tree.leaves(apart))}))
+    found["cases"] = apart(CHOSEN)
+    print(json.dumps(found | {"apart": max(jax.tree.leaves(differ))}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[2:] == ["every"]:
+        apart([(name, where, {}) for name in mesh_cases.cases() for where in MESHES], say=True)
+    else:
+        main(Path(sys.argv[1]))

@@ -104,6 +104,8 @@ class Bigram:
         table_VV = variables["params"]["table"]
         if method == "hidden":
             return jnp.take(table_VV, fields["tokens_BL"], axis=0)
+        if method == "head":
+            return [(arguments[0], jnp.eye(len(table_VV), dtype=jnp.float32))], None
         return arguments[0]
 
 

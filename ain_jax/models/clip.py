@@ -12,7 +12,22 @@ import jax.numpy as jnp
 
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ClipConfig
-from ain_jax.models.layers import ACTIVATIONS, Constant, Einsum, Norm, Normal, PlainMLP, declared, run_layers, stacked
+from ain_jax.models.layers import (
+    ACTIVATIONS,
+    Constant,
+    Einsum,
+    Norm,
+    Normal,
+    PlainMLP,
+    declared,
+    kept,
+    run_layers,
+    stacked,
+)
+from ain_jax.sharding import constrain, gathered
+
+# All layers run on tiles, which are alike: a device has whole ones, and those of a row are shared as its positions are.
+TILES = ("tiles", None, None)
 
 
 class ClipAttention(nn.Module):
@@ -21,6 +36,7 @@ class ClipAttention(nn.Module):
     config: ClipConfig
     scale_out: float
     dtype: Any = jnp.float32
+    attention: str | tuple[str, ...] = "xla"
 
     @nn.compact
     def __call__(self, x_BPE):
@@ -30,9 +46,14 @@ class ClipAttention(nn.Module):
         q_BPNH, k_BPNH, v_BPNH = (
             Einsum("BPE,ENH->BPNH", (E, N, H), name=name, **part)(x_BPE) for name in ("q_proj", "k_proj", "v_proj")
         )
-        out_BPNH = attention(q_BPNH, k_BPNH, v_BPNH, jnp.ones(x_BPE.shape[:2], jnp.int32), causal=False)
+        by_head = ("tiles", None, "vision_heads", None)
+        q_BPNH, k_BPNH, v_BPNH = (kept(x, "qkv", by_head) for x in (q_BPNH, k_BPNH, v_BPNH))
+        rules: dict[str, Any] = {"causal": False, "backend": self.attention, "rows": "tiles"}
+        out_BPNH = attention(q_BPNH, k_BPNH, v_BPNH, jnp.ones(x_BPE.shape[:2], jnp.int32), **rules)
+        out_BPNH = kept(out_BPNH, "attention", by_head)
         axes = ("vision_heads", "head", "vision_embed")
-        return Einsum("BPNH,NHE->BPE", (N, H, E), axes, True, self.scale_out, self.dtype, name="out_proj")(out_BPNH)
+        project = Einsum("BPNH,NHE->BPE", (N, H, E), axes, True, self.scale_out, self.dtype, name="out_proj")
+        return kept(project(out_BPNH), "added", TILES)
 
 
 class ClipLayer(nn.Module):
@@ -40,16 +61,18 @@ class ClipLayer(nn.Module):
 
     config: ClipConfig
     dtype: Any = jnp.float32
+    attention: str | tuple[str, ...] = "xla"
 
     @nn.compact
     def __call__(self, x_BPE):
         c = self.config
         scale_out = (2 * c.layers) ** -0.5
-        x_BPE = x_BPE + ClipAttention(c, scale_out, self.dtype, name="self_attn")(
-            _norm(c, self.dtype, "layer_norm1")(x_BPE)
+        attend = ClipAttention(c, scale_out, self.dtype, self.attention, name="self_attn")
+        x_BPE = x_BPE + attend(_norm(c, self.dtype, "layer_norm1")(x_BPE))
+        mlp = PlainMLP(
+            c.width, c.mlp_width, scale_out, c.activation, dtype=self.dtype, places=("tiles", None), name="mlp"
         )
-        mlp = PlainMLP(c.width, c.mlp_width, scale_out, c.activation, dtype=self.dtype, name="mlp")
-        return x_BPE + mlp(_norm(c, self.dtype, "layer_norm2")(x_BPE))
+        return x_BPE + kept(mlp(_norm(c, self.dtype, "layer_norm2")(x_BPE)), "added", TILES)
 
 
 def _norm(c: ClipConfig, dtype: Any, name: str) -> Norm:
@@ -70,7 +93,7 @@ class ClipEmbeddings(nn.Module):
         embed = Einsum("BPK,KE->BPE", (c.patch_values, c.width), patch_axes, dtype=self.dtype, name="patch_embedding")
         x_TPE = embed(patches_TPK)
         init = declared(Normal(c.width**-0.5), ("vision_embed",))
-        one_E: Any = self.param("class_embedding", init, (c.width,), jnp.float32)
+        one_E: Any = gathered(self.param("class_embedding", init, (c.width,), jnp.float32), ("vision_embed",))
         first_T1E = jnp.broadcast_to(one_E.astype(self.dtype)[None, None], (x_TPE.shape[0], 1, c.width))
         x_TSE = jnp.concatenate([first_T1E, x_TPE], axis=1)
         return x_TSE + Positions(S, c.width, self.dtype, name="position_embedding")()[None]
@@ -87,7 +110,7 @@ class Positions(nn.Module):
     def __call__(self):
         init = declared(Normal(0.02), ("position", "vision_embed"))
         table: Any = self.param("weight", init, (self.places, self.width), jnp.float32)
-        return table.astype(self.dtype)
+        return gathered(table.astype(self.dtype), ("position", "vision_embed"))
 
 
 class ClipTower(nn.Module):
@@ -99,6 +122,7 @@ class ClipTower(nn.Module):
     config: ClipConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str | tuple[str, ...] = "xla"
 
     @nn.compact
     def __call__(self, patches_BPK):
@@ -111,13 +135,13 @@ class ClipTower(nn.Module):
             )
         if P % c.tile_patches:
             raise ValueError(f"{P} patches per row are no whole number of tiles of {c.tile_patches}; use a multiple")
-        tiles_TPK = patches_BPK.reshape(-1, c.tile_patches, K)
-        x_TSE = ClipEmbeddings(c, self.dtype, name="embeddings")(tiles_TPK)
+        tiles_TPK = constrain(patches_BPK.reshape(-1, c.tile_patches, K), TILES)
+        x_TSE = constrain(ClipEmbeddings(c, self.dtype, name="embeddings")(tiles_TPK), TILES)
         x_TSE = _norm(c, self.dtype, "pre_layrnorm")(x_TSE)  # the published spelling
-        encoder = ClipEncoder(c, self.dtype, self.remat, name="encoder")
+        encoder = ClipEncoder(c, self.dtype, self.remat, self.attention, name="encoder")
         x_TSE = encoder(x_TSE)
         _norm(c, self.dtype, "post_layernorm")(x_TSE[:, :1])  # declared; nothing reads it
-        return x_TSE[:, 1:].reshape(B, P, c.width)
+        return constrain(x_TSE[:, 1:].reshape(B, P, c.width), ("rows", "positions", None))
 
 
 class ClipEncoder(nn.Module):
@@ -126,10 +150,11 @@ class ClipEncoder(nn.Module):
     config: ClipConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str | tuple[str, ...] = "xla"
 
     @nn.compact
     def __call__(self, x_TSE):
-        layer = ClipLayer(self.config, self.dtype, parent=None)
+        layer = ClipLayer(self.config, self.dtype, self.attention, parent=None)
         for name, count, used in self.config.stacks():
             variables = stacked(self, name, layer, count, x_TSE)
             if used:
@@ -151,7 +176,7 @@ class Projector(nn.Module):
         x_BPD = Einsum("BPE,EI->BPI", (E, D), ("vision_embed", "vision_mlp"), True, dtype=self.dtype, name="linear_1")(
             x_BPE
         )
-        x_BPD = ACTIVATIONS["gelu"](x_BPD)
+        x_BPD = ACTIVATIONS["gelu"](constrain(x_BPD, ("rows", "positions", "vision_mlp")))
         return Einsum("BPI,ID->BPD", (D, D), ("vision_mlp", "embed"), True, dtype=self.dtype, name="linear_2")(x_BPD)
 
 
@@ -162,14 +187,15 @@ class TileFeatures(nn.Module):
     out_width: int
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str | tuple[str, ...] = "xla"
 
     @nn.compact
     def __call__(self, patches_BPK):
-        x_BPE = ClipTower(self.config, self.dtype, self.remat, name="vision_tower")(patches_BPK)
+        x_BPE = ClipTower(self.config, self.dtype, self.remat, self.attention, name="vision_tower")(patches_BPK)
         project = Projector(self.config.width, self.out_width, self.dtype, name="multi_modal_projector")
-        features_BPD = project(x_BPE)
+        features_BPD = constrain(project(x_BPE), ("rows", None, None))  # what stands at a place may be any of them
         init = declared(Constant(0.0), ("embed",))
-        line_end_D: Any = self.param("image_newline", init, (self.out_width,), jnp.float32)
+        line_end_D: Any = gathered(self.param("image_newline", init, (self.out_width,), jnp.float32), ("embed",))
         shape = (features_BPD.shape[0], 1, self.out_width)
         end_B1D = jnp.broadcast_to(line_end_D.astype(self.dtype)[None, None], shape)
         return jnp.concatenate([features_BPD, end_B1D], axis=1)

@@ -6,10 +6,11 @@ the model, so that one checkpoint can be opened either way.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ain_jax.experiment import nearest
 from ain_jax.models import hf_config
 
 
@@ -347,6 +348,26 @@ def pangea_7b() -> ModelConfig:
     text = qwen2_7b().text
     ids = {"bos_token_id": 151643, "eos_token_id": 151645, "image_token_id": 151646}
     return ModelConfig(text, ClipConfig(), "llava_next", "qwen2", **ids)
+
+
+PUBLISHED: Mapping[str, Callable[[], ModelConfig]] = {
+    "llama_2_7b": lambda: llama_2("7b"),
+    "llama_2_13b": lambda: llama_2("13b"),
+    "llama_2_70b": lambda: llama_2("70b"),
+    "allam_7b": allam_7b,
+    "llama_3_8b": llama_3_8b,
+    "gemma_7b": gemma_7b,
+    "qwen2_7b": qwen2_7b,
+    "qwen2_vl_7b": qwen2_vl_7b,
+    "pangea_7b": pangea_7b,
+}
+
+
+def published(name: str) -> ModelConfig:
+    """The published sizes of a name, "qwen2_vl_7b"; ValueError with the names that there are."""
+    if name not in PUBLISHED:
+        raise ValueError(f"no published sizes {name!r}: {nearest(name, list(PUBLISHED))}")
+    return PUBLISHED[name]()
 
 
 def _size(family: str, size: str, sizes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:

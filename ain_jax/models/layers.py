@@ -11,9 +11,10 @@ are mapped to the mesh in `ain_jax/sharding.py`. Means and the softmax are in fl
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -21,8 +22,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from ain_jax.models.config import RopeScaling
+from ain_jax.sharding import constrain, gathered, parameters_are_cut
 
 Array = jax.Array
 
@@ -100,15 +103,20 @@ class Einsum(nn.Module):
         fan_in = math.prod(size for size, gone in zip(self.shape, summed, strict=True) if gone)
         init = declared(Normal(self.scale / math.sqrt(fan_in)), self.axes)
         weight: Any = self.param("weight", init, self.shape, jnp.float32)
-        y = jnp.tensordot(x.astype(self.dtype), weight.astype(self.dtype), axes)
+        y = jnp.tensordot(x.astype(self.dtype), gathered(weight.astype(self.dtype), self.axes), axes)
         if self.has_variable("lora", "a"):
-            y = y + low_rank(self.spec, x.astype(self.dtype), *_pair(self))
+            a, b = _pair(self)
+            a, b = gathered(a, (*self.axes[:axes], "rank")), gathered(b, ("rank", *self.axes[axes:]))
+            y = y + low_rank(self.spec, x.astype(self.dtype), a, b)
         if self.bias:
             kept = [i for i, gone in enumerate(summed) if not gone]
             assert output.endswith("".join(letters[i] for i in kept)), f"{self.spec}: the bias needs the new axes last"
-            init = declared(Constant(0.0), tuple(self.axes[i] for i in kept))
-            bias: Any = self.param("bias", init, tuple(self.shape[i] for i in kept), jnp.float32)
-            y = y + jnp.expand_dims(bias.astype(self.dtype), tuple(range(y.ndim - bias.ndim)))
+            new = tuple(self.axes[i] for i in kept)
+            bias: Any = self.param(
+                "bias", declared(Constant(0.0), new), tuple(self.shape[i] for i in kept), jnp.float32
+            )
+            bias = gathered(bias.astype(self.dtype), new)
+            y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
         return y
 
 
@@ -129,7 +137,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x):
         init = declared(Constant(0.0 if self.plus_one else 1.0), (self.axis,))
-        weight: Any = self.param("weight", init, (self.width,), jnp.float32)
+        weight: Any = gathered(self.param("weight", init, (self.width,), jnp.float32), (self.axis,))
         leading = tuple(range(x.ndim - 1))
         y = x.astype(jnp.float32)
         if self.center:
@@ -139,6 +147,7 @@ class Norm(nn.Module):
             return (y * (1.0 + jnp.expand_dims(weight.astype(jnp.float32), leading))).astype(self.dtype)
         if self.center:
             bias: Any = self.param("bias", declared(Constant(0.0), (self.axis,)), (self.width,), jnp.float32)
+            bias = gathered(bias, (self.axis,))
             weight_E, bias_E = (jnp.expand_dims(x.astype(jnp.float32), leading) for x in (weight, bias))
             return (y * weight_E + bias_E).astype(self.dtype)
         return y.astype(self.dtype) * jnp.expand_dims(weight.astype(self.dtype), leading)
@@ -159,22 +168,35 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BL):
         # An id outside the table reads NaN instead of a wrong row.
+        # Each device reads its part of the width for the rows of all that share the table, and hands them round: the
+        # table is never gathered, which is far larger than what is read.
+        tokens_BL = constrain(tokens_BL, ("readers", None))
         read = partial(jnp.take, indices=tokens_BL, axis=0, mode="fill", fill_value=jnp.nan)
         x_BLD = read(self.weight).astype(self.dtype)
         if self.has_variable("lora", "a"):
             a_Vr, b_rD = _pair(self)
             x_BLD = x_BLD + jnp.einsum("BLr,rD->BLD", read(a_Vr), b_rD)
+        for axes in (("readers", None, "embed"), ("readers", "positions", "read"), ("rows", "positions", None)):
+            x_BLD = constrain(x_BLD, axes)
         return x_BLD
 
-    def scores(self, x):
+    def factors(self, x) -> list[tuple[Any, Any]]:
+        """Pairs (y, w_V.) whose products y @ w.T sum to the scores: the table, and adapters where there are any."""
         x = x.astype(self.dtype)
-        scores = jnp.einsum("...D,VD->...V", x, self.weight.astype(self.dtype))
+        pairs = [(x, self.weight)]
         if self.has_variable("lora", "a"):
             a, b = _pair(self)
-            down, up = ("...D,Dr->...r", "...r,rV->...V") if self.head else ("...D,rD->...r", "...r,Vr->...V")
-            first, second = (a, b) if self.head else (b, a)
-            scores = scores + jnp.einsum(up, jnp.einsum(down, x, first), second)
-        return scores
+            first, second_Vr = (a, b.T) if self.head else (b.T, a)
+            pairs.append((jnp.einsum("...D,Dr->...r", x, gathered(first, ("embed", "rank"))), second_Vr))
+        return pairs
+
+    def scores(self, x):
+        """Sums are in float32, whatever the compute dtype."""
+        product = partial(jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32)
+        whole = lambda w, axis: gathered(w.astype(self.dtype), ("vocab", axis))
+        factors = zip(self.factors(x), ("embed", "rank"), strict=False)
+        scores = reduce(operator.add, [product(y, whole(w, axis)) for (y, w), axis in factors])
+        return constrain(scores, ("rows", "positions", "vocab")) if x.ndim == 3 else scores
 
 
 def _pair(module: nn.Module) -> list[Any]:
@@ -277,12 +299,13 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD):
-        wide: dict[str, Any] = {"shape": (self.width, self.mlp_width), "axes": self.axes}
+        first: dict[str, Any] = {"shape": (self.width, self.mlp_width), "axes": self.axes}
         rest: dict[str, Any] = {"bias": self.bias, "dtype": self.dtype}
-        gate_BLF = Einsum("BLD,DF->BLF", name="gate_proj", **wide, **rest)(x_BLD)
-        up_BLF = Einsum("BLD,DF->BLF", name="up_proj", **wide, **rest)(x_BLD)
+        gate_BLF = Einsum("BLD,DF->BLF", name="gate_proj", **first, **rest)(x_BLD)
+        up_BLF = Einsum("BLD,DF->BLF", name="up_proj", **first, **rest)(x_BLD)
         narrow = {"shape": (self.mlp_width, self.width), "axes": self.axes[::-1], "scale": self.scale_out}
         down = Einsum("BLF,FD->BLD", name="down_proj", **narrow, **rest)
+        gate_BLF, up_BLF = (kept(x, "mlp", ("rows", "positions", self.axes[1])) for x in (gate_BLF, up_BLF))
         return down(ACTIVATIONS[self.activation](gate_BLF) * up_BLF)
 
 
@@ -295,20 +318,61 @@ class PlainMLP(nn.Module):
     activation: str
     axes: tuple[str, str] = ("vision_embed", "vision_mlp")
     dtype: Any = jnp.float32
+    places: tuple[str, str | None] = ("rows", "positions")  # the first axes of x
 
     @nn.compact
     def __call__(self, x_BPE):
         E, F = self.width, self.mlp_width
         wide_BPF = Einsum("BPE,EF->BPF", (E, F), self.axes, True, dtype=self.dtype, name="fc1")(x_BPE)
         narrow = Einsum("BPF,FE->BPE", (F, E), self.axes[::-1], True, self.scale_out, self.dtype, name="fc2")
+        wide_BPF = kept(wide_BPF, "mlp", (*self.places, self.axes[1]))
         return narrow(ACTIVATIONS[self.activation](wide_BPF))
 
 
+def kept(x, name: str, axes: Sequence[str | None]):
+    """`x` laid over the mesh by its axes (`sharding.constrain`), under a name that the policies of REMAT know it by."""
+    return checkpoint_name(constrain(x, axes), name)
+
+
+HOST = "pinned_host"
+_POLICIES = jax.checkpoint_policies
+_OFFLOAD = partial(_POLICIES.save_and_offload_only_these_names, offload_src="device", offload_dst=HOST)
+# What of a layer is kept for the backward pass; the rest is computed again there. In growing memory: `full` keeps the
+# layer's input alone, and so does `offload`, in the host's memory; `attention` also what attention gave; `minimal` all
+# that is of the width of heads or model, that is all matrix products but the wide ones of the MLP, and
+# `offload_minimal` the same in the host's memory; `dots` every matrix product with a parameter; `none` everything.
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _POLICIES.nothing_saveable,
+    "offload": _OFFLOAD(names_which_can_be_saved=[], names_which_can_be_offloaded=["layer"]),
+    "attention": _POLICIES.save_only_these_names("attention"),
+    "minimal": _POLICIES.save_only_these_names("qkv", "attention", "added"),
+    "offload_minimal": _OFFLOAD(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer", "qkv", "attention", "added"]
+    ),
+    "dots": _POLICIES.dots_with_no_batch_dims_saveable,
 }
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything but parameters gathered from other devices: kept, they would be whole on every device."""
+    return primitive.name != "sharding_constraint"
+
+
+def check_remat(remat: str) -> None:
+    """ValueError where there is no such policy, or the devices of this process cannot keep in the host's memory."""
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r}: expected one of {', '.join(REMAT)}")
+    device: Any = jax.local_devices()[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    described = not mesh.empty and getattr(mesh.abstract_device, "platform", device.platform) != device.platform
+    memories = [memory.kind for memory in device.addressable_memories()]
+    if remat.startswith("offload") and not described and HOST not in memories:
+        raise ValueError(
+            f"remat={remat!r} keeps activations in the host's memory ({HOST}), and devices of platform "
+            f"{device.platform} have {', '.join(memories)} alone: take "
+            f"{', '.join(name for name in REMAT if not name.startswith('offload'))}"
+        )
 
 
 def stacked(module: nn.Module, name: str, layer: nn.Module, count: int, *inputs: Any) -> Any:
@@ -335,24 +399,28 @@ def run_layers(variables: Any, kinds: Sequence[Any], x: Any, memory: Any, remat:
     A kind is called as `kind(variables of one layer, x, memory of one layer)` and gives x and memory back. One turn of
     the kinds is the body of a scan, so compile time grows with the turn, not with the layers.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat={remat!r}: expected one of {', '.join(REMAT)}")
-    if remat != "none":
-        kinds = [jax.checkpoint(kind, prevent_cse=False, policy=REMAT[remat]) for kind in kinds]
+    check_remat(remat)
+    # Under a name, so that the layer's input can be kept elsewhere than where the scan has it.
+    kinds = [lambda v, x, m, kind=kind: kind(v, checkpoint_name(x, "layer"), m) for kind in kinds]
+    policy = REMAT[remat]
+    if policy is None and parameters_are_cut():
+        policy = _all_but_gathered
+    if policy is not None:
+        kinds = [jax.checkpoint(kind, prevent_cse=False, policy=policy) for kind in kinds]
     size = len(kinds)
     in_turns = (variables, memory)
     if size > 1:  # with an axis of size 1, XLA for CPUs copies the whole stack, when decoding for every token
         in_turns = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), in_turns)
 
     def turn(x, one_turn):
-        kept = []
+        memories = []
         for i, kind in enumerate(kinds):
             of_layer, layer_memory = jax.tree.map(lambda leaf, i=i: leaf[i] if size > 1 else leaf, one_turn)
             x, layer_memory = kind(of_layer, x, layer_memory)
-            kept.append(layer_memory)
+            memories.append(layer_memory)
         if size == 1:
-            return x, kept[0]
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+            return x, memories[0]
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *memories)
 
     x, memory = jax.lax.scan(turn, x, in_turns)
     return x, memory if size == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), memory)

@@ -152,6 +152,15 @@ def init(settings: Lora, config: ModelConfig, key) -> dict[str, Any]:
     return unflatten_dict(flat, sep="/")
 
 
+def abstract(settings: Lora, config: ModelConfig) -> dict[str, Any]:
+    """The shapes and dtypes of `init`, as the same tree of `jax.ShapeDtypeStruct`."""
+    letters, flat = sizes(config), {}
+    for path, site in targeted(settings, config).items():
+        for half, shape in zip("ab", site.shapes(settings.rank_of(path), letters), strict=True):
+            flat[f"{path}/{half}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return unflatten_dict(flat, sep="/")
+
+
 def pairs(adapters: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(path of the module, a, b) of every pair; a node that is no pair is refused."""
     halves: dict[str, dict[str, Any]] = {}

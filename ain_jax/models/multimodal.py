@@ -25,6 +25,7 @@ from ain_jax.models.config import ClipConfig, ModelConfig
 from ain_jax.models.layers import Declared, Embedding
 from ain_jax.models.text import Attend, Decoder
 from ain_jax.models.vision import VisionTower
+from ain_jax.sharding import constrain
 
 
 class MultimodalModel(nn.Module):
@@ -34,14 +35,17 @@ class MultimodalModel(nn.Module):
     dtype: Any = jnp.float32  # of activations and matrix products; sums and softmax stay in float32
     remat: str = "none"  # a name in layers.REMAT
     longest_image: int | None = None  # no picture has more patches than this: quicker attention; NaN where it is broken
+    attention: str | tuple[str, ...] = "xla"  # backends to try in turn, see `attention.resolve`
 
     def setup(self):
         c = self.config
         self.model = Decoder(c.text, self.dtype, self.remat)
         if isinstance(c.vision, ClipConfig):
-            self.visual = TileFeatures(c.vision, c.text.width, self.dtype, self.remat)
+            self.visual = TileFeatures(c.vision, c.text.width, self.dtype, self.remat, self.attention)
         elif c.vision:
-            self.visual = VisionTower(c.vision, c.text.width, self.dtype, self.remat, self.longest_image)
+            self.visual = VisionTower(
+                c.vision, c.text.width, self.dtype, self.remat, self.longest_image, self.attention
+            )
         if not c.text.tied:
             self.lm_head = Embedding(
                 c.text.vocabulary, c.text.width, stddev=c.text.width**-0.5, dtype=self.dtype, head=True
@@ -62,7 +66,7 @@ class MultimodalModel(nn.Module):
     ):
         """hidden_BLD after the last norm; conversations packed into one row do not see each other."""
         x_BLD = self.embed(tokens_BL, feature_index_BL, patches_BPK, patch_positions_BP2, patch_segments_BP)
-        return self.decode(x_BLD, positions_3BL, packed(segments_BL))[0]
+        return self.decode(x_BLD, positions_3BL, packed(segments_BL, self.attention))[0]
 
     def embed(
         self,
@@ -82,7 +86,11 @@ class MultimodalModel(nn.Module):
         tower: Any = self.visual
         places = () if isinstance(self.config.vision, ClipConfig) else (patch_positions_BP2, patch_segments_BP)
         features_BMD = tower(patches_BPK, *places)
+        # A token may stand for any feature of its row: they lie whole on each device that has some of its positions.
+        features_BMD = constrain(features_BMD, ("rows", None, None))
+        feature_index_BL = constrain(feature_index_BL, ("rows", "positions"))
         chosen_BLD = jnp.take_along_axis(features_BMD, jnp.maximum(feature_index_BL, 0)[:, :, None], axis=1)
+        chosen_BLD = constrain(chosen_BLD, ("rows", "positions", None))
         return jnp.where(feature_index_BL[:, :, None] >= 0, chosen_BLD, x_BLD)
 
     def decode(self, x_BLD, positions_3BL, attend: Attend, memory=None):
@@ -91,41 +99,52 @@ class MultimodalModel(nn.Module):
 
     def logits(self, hidden):
         """Logits in float32, of any leading axes: give the hidden states of learnt positions alone to save work."""
-        head = self.model.embed_tokens if self.config.text.tied else self.lm_head
-        logits = head.scores(hidden).astype(jnp.float32)
-        cap = self.config.text.logit_softcap
+        logits, cap = self._head().scores(hidden), self.config.text.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def head(self, hidden):
+        """(pairs, cap): logits are cap(sum of y @ w.T over the pairs (y, w)), for losses that never hold them all."""
+        return self._head().factors(hidden), self.config.text.logit_softcap
+
+    def _head(self) -> Embedding:
+        return self.model.embed_tokens if self.config.text.tied else self.lm_head
 
     def declare(self, *batch):
         """Touches every parameter once; for `init`."""
         return self.logits(self.hidden(*batch))
 
 
-def packed(segments_BL) -> Attend:
+def packed(segments_BL, backend: str | tuple[str, ...] = "xla") -> Attend:
     """What training attends with: the row itself, causally, each segment alone, nothing remembered."""
-    attend = partial(attention, segments_BL=segments_BL, causal=True)
+    attend = partial(attention, segments_BL=segments_BL, causal=True, backend=backend)
     return lambda q_BLNH, k_BLKH, v_BLKH, memory, **rules: (attend(q_BLNH, k_BLKH, v_BLKH, **rules), memory)
 
 
-def init_params(config: ModelConfig, key) -> dict[str, Any]:
-    """Fresh parameters, float32, as one plain nested dict.
+def init_params(config: ModelConfig, key, layout: Any = None) -> dict[str, Any]:
+    """Fresh parameters as one plain nested dict: float32 on one device, or as a layout says, the tree of
+    ShapeDtypeStructs with dtype and sharding that `sharding.layout` makes.
 
     Each is drawn by its declared initializer on the host, from the key and its own place in the tree: the same on any
-    number of devices and any version of jax, and nothing is compiled (XLA takes half a second for each shape).
+    number of devices and any version of jax, and nothing is compiled (XLA takes half a second for each shape). The host
+    holds one of them at a time, and no device more than its part.
     """
     boxes, tree = jax.tree.flatten(_declarations(config), is_leaf=lambda x: isinstance(x, Declared))
+    places = [None] * len(boxes) if layout is None else tree.flatten_up_to(layout)
     seed = np.asarray(jax.random.key_data(key)).tolist()
-    return tree.unflatten(
-        [
-            jnp.asarray(box.initializer.draw(np.random.default_rng([*seed, i]), box.value.shape))
-            for i, box in enumerate(boxes)
-        ]
-    )
+
+    def made(i: int) -> jax.Array:
+        drawn, place = boxes[i].initializer.draw(np.random.default_rng([*seed, i]), boxes[i].value.shape), places[i]
+        if place is None:
+            return jnp.asarray(drawn)
+        drawn = drawn.astype(place.dtype)
+        return jax.block_until_ready(jax.make_array_from_callback(drawn.shape, place.sharding, lambda at: drawn[at]))
+
+    return tree.unflatten([made(i) for i in range(len(boxes))])
 
 
-def abstract_params(config: ModelConfig) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters, as the same tree of `jax.ShapeDtypeStruct`."""
-    return nn.meta.unbox(_declarations(config))
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Shapes of the parameters, stored as `dtype`, as the same tree of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), nn.meta.unbox(_declarations(config)))
 
 
 def axis_names(config: ModelConfig) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ain_jax.models.config import TextConfig
-from ain_jax.models.layers import Einsum, Embedding, GatedMLP, Norm, rotate, run_layers, stacked, text_rotary
+from ain_jax.models.layers import Einsum, Embedding, GatedMLP, Norm, kept, rotate, run_layers, stacked, text_rotary
+from ain_jax.sharding import constrain
 
 # attend(q_BLNH, k_BLKH, v_BLKH, memory of this layer, **rules of this layer) -> (out_BLNH, what this layer hands back);
 # the rules are those of `attention`: window, scale, softcap. In training nothing is remembered: both memories are None.
@@ -43,7 +44,13 @@ class SelfAttention(nn.Module):
             "scale": (c.query_scale or H) ** -0.5,
             "softcap": c.attention_softcap,
         }
-        out_BLNH, memory = self.attend(rotate(q_BLNH, rotary), rotate(k_BLKH, rotary), v_BLKH, memory, **rules)
+        queries, keys = ("rows", "positions", "heads", None), ("rows", "positions", "kv_heads", None)
+        q_BLNH = kept(rotate(q_BLNH, rotary), "qkv", queries)
+        k_BLKH, v_BLKH = kept(rotate(k_BLKH, rotary), "qkv", keys), kept(v_BLKH, "qkv", keys)
+        # Every query of the row sees its keys: those lie whole on each device that has some of the positions.
+        k_BLKH, v_BLKH = (constrain(x, ("rows", None, "kv_heads", None)) for x in (k_BLKH, v_BLKH))
+        out_BLNH, memory = self.attend(q_BLNH, k_BLKH, v_BLKH, memory, **rules)
+        out_BLNH = kept(out_BLNH, "attention", queries)
         project = Einsum(
             "BLNH,NHD->BLD",
             (N, H, D),
@@ -53,7 +60,7 @@ class SelfAttention(nn.Module):
             self.dtype,
             name="o_proj",
         )
-        return project(out_BLNH), memory
+        return kept(project(out_BLNH), "added", ("rows", "positions", None)), memory
 
 
 class DecoderLayer(nn.Module):
@@ -77,7 +84,7 @@ class DecoderLayer(nn.Module):
             added_BLD = norm(name="post_attention_layernorm")(added_BLD)
         x_BLD = x_BLD + added_BLD
         mlp = GatedMLP(c.width, c.mlp_width, scale_out, c.activation, c.mlp_bias, dtype=self.dtype, name="mlp")
-        added_BLD = mlp(norm(name=before_mlp)(x_BLD))
+        added_BLD = kept(mlp(norm(name=before_mlp)(x_BLD)), "added", ("rows", "positions", None))
         if c.sandwich_norms:
             added_BLD = norm(name="post_feedforward_layernorm")(added_BLD)
         return x_BLD + added_BLD, memory
@@ -108,10 +115,12 @@ class Decoder(nn.Module):
     def __call__(self, x_BLD, positions_3BL, attend: Attend, memory=None):
         """(hidden_BLD, memory): by stack, `memory` has one entry per layer on axis 0 of its arrays, or is None."""
         c = self.config
+        x_BLD = constrain(x_BLD, ("rows", "positions", None))
+        positions_3BL = constrain(positions_3BL, (None, "rows", "positions"))
         turn = partial(text_rotary, positions_3BL, c.head_width, section=c.mrope_section)
         full = turn(theta=c.rope_theta, scaling=c.rope_scaling)
         windowed = turn(theta=c.window_theta) if c.window_theta else full
-        kept = {}
+        memories = {}
         for name, windows, count in c.stacks():
             layers = [DecoderLayer(c, attend, window, self.dtype, parent=None) for window in windows]
             rotaries = [windowed if window else full for window in windows]
@@ -122,8 +131,8 @@ class Decoder(nn.Module):
                 for layer, rotary in zip(layers, rotaries, strict=True)
             ]
             before = None if memory is None else memory[name]
-            x_BLD, kept[name] = run_layers(variables, kinds, x_BLD, before, self.remat)
-        return self.norm(x_BLD), kept
+            x_BLD, memories[name] = run_layers(variables, kinds, x_BLD, before, self.remat)
+        return constrain(self.norm(x_BLD), ("rows", "positions", None)), memories
 
 
 def _nothing(q_BLNH, k_BLKH, v_BLKH, memory, **rules):

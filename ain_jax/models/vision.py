@@ -15,11 +15,13 @@ from ain_jax.models.layers import (
     GatedMLP,
     Norm,
     PlainMLP,
+    kept,
     rotate,
     run_layers,
     stacked,
     vision_rotary,
 )
+from ain_jax.sharding import constrain
 
 
 class VisionAttention(nn.Module):
@@ -29,6 +31,7 @@ class VisionAttention(nn.Module):
     scale_out: float
     longest: int | None
     dtype: Any = jnp.float32
+    attention: str | tuple[str, ...] = "xla"
 
     @nn.compact
     def __call__(self, x_BPE, rotary, segments_BP):
@@ -37,9 +40,14 @@ class VisionAttention(nn.Module):
         axes = ("vision_embed", "qkv", "vision_heads", "head")
         qkv_BPTNH = Einsum("BPE,ETNH->BPTNH", shape, axes, True, dtype=self.dtype, name="qkv")(x_BPE)  # T: q, k, v
         q_BPNH, k_BPNH, v_BPNH = (qkv_BPTNH[:, :, i] for i in range(3))
-        q_BPNH, k_BPNH = rotate(q_BPNH, rotary), rotate(k_BPNH, rotary)
-        out_BPNH = attention(q_BPNH, k_BPNH, v_BPNH, segments_BP, causal=False, longest=self.longest)
-        out_BPE = out_BPNH.reshape(x_BPE.shape)
+        by_head = ("rows", "positions", "vision_heads", None)
+        q_BPNH, k_BPNH, v_BPNH = (
+            kept(x, "qkv", by_head) for x in (rotate(q_BPNH, rotary), rotate(k_BPNH, rotary), v_BPNH)
+        )
+        k_BPNH, v_BPNH = (constrain(x, ("rows", None, "vision_heads", None)) for x in (k_BPNH, v_BPNH))
+        rules: dict[str, Any] = {"causal": False, "longest": self.longest, "backend": self.attention}
+        out_BPNH = attention(q_BPNH, k_BPNH, v_BPNH, segments_BP, **rules)
+        out_BPE = kept(out_BPNH, "attention", by_head).reshape(x_BPE.shape)
         project = Einsum(
             "BPI,IE->BPE",
             (c.width, c.width),
@@ -49,7 +57,7 @@ class VisionAttention(nn.Module):
             self.dtype,
             name="proj",
         )
-        return project(out_BPE)
+        return kept(project(out_BPE), "added", ("rows", "positions", None))
 
 
 class VisionBlock(nn.Module):
@@ -58,19 +66,20 @@ class VisionBlock(nn.Module):
     config: VisionConfig
     longest: int | None = None  # patches of a segment
     dtype: Any = jnp.float32
+    attention: str | tuple[str, ...] = "xla"
 
     @nn.compact
     def __call__(self, x_BPE, rotary, segments_BP):
         c = self.config
         scale_out = (2 * c.layers) ** -0.5
-        attend = VisionAttention(c, scale_out, self.longest, self.dtype, name="attn")
+        attend = VisionAttention(c, scale_out, self.longest, self.dtype, self.attention, name="attn")
         x_BPE = x_BPE + attend(_norm(c, self.dtype, "norm1")(x_BPE), rotary, segments_BP)
         if c.gated:
             axes = ("vision_embed", "vision_mlp")
             mlp = GatedMLP(c.width, c.mlp_width, scale_out, "silu", True, axes, self.dtype, name="mlp")
         else:
             mlp = PlainMLP(c.width, c.mlp_width, scale_out, "quick_gelu", dtype=self.dtype, name="mlp")
-        return x_BPE + mlp(_norm(c, self.dtype, "norm2")(x_BPE))
+        return x_BPE + kept(mlp(_norm(c, self.dtype, "norm2")(x_BPE)), "added", ("rows", "positions", None))
 
 
 def _norm(c: VisionConfig, dtype: Any, name: str) -> Norm:
@@ -115,7 +124,7 @@ class MergerMLP(nn.Module):
     def __call__(self, x_BMJ):
         J, D = self.in_width, self.out_width
         x_BMJ = Einsum("BMJ,JI->BMI", (J, J), ("vision_merged", "vision_mlp"), True, dtype=self.dtype, name="0")(x_BMJ)
-        x_BMJ = jax.nn.gelu(x_BMJ, approximate=False)
+        x_BMJ = jax.nn.gelu(constrain(x_BMJ, ("rows", "positions", "vision_mlp")), approximate=False)
         return Einsum("BMI,ID->BMD", (J, D), ("vision_mlp", "embed"), True, dtype=self.dtype, name="2")(x_BMJ)
 
 
@@ -127,12 +136,15 @@ class VisionTower(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     longest_image: int | None = None  # patches; a promise that makes attention quicker, see `attention`
+    attention: str | tuple[str, ...] = "xla"
 
     @nn.compact
     def __call__(self, patches_BPK, patch_positions_BP2, patch_segments_BP):
         c = self.config
         _check(patches_BPK.shape, c)
-        x_BPE = PatchEmbedding(c, self.dtype, name="patch_embed")(patches_BPK)
+        cut, whole = ("rows", "positions", None), ("rows", None, None)
+        patches_BPK = constrain(patches_BPK, whole if c.window else cut)
+        x_BPE = constrain(PatchEmbedding(c, self.dtype, name="patch_embed")(patches_BPK), whole if c.window else cut)
         segments = {False: patch_segments_BP}
         positions_BP2, order_BP = patch_positions_BP2, None
         if c.window:  # each window's patches side by side, so that attention needs its neighbourhood alone
@@ -141,9 +153,11 @@ class VisionTower(nn.Module):
             pick = lambda x: jnp.take_along_axis(x, order_BP.reshape(*order_BP.shape, *(1,) * (x.ndim - 2)), axis=1)
             x_BPE, positions_BP2 = pick(x_BPE), pick(patch_positions_BP2)
             segments = {False: pick(patch_segments_BP), True: pick(windows_BP)}
+        x_BPE, positions_BP2 = constrain(x_BPE, cut), constrain(positions_BP2, cut)
         rotary = vision_rotary(positions_BP2, c.head_width)
         longest = {False: self.longest_image, True: window_side(c) ** 2}
-        blocks = [VisionBlock(c, longest[windowed], self.dtype, parent=None) for windowed in c.windowed]
+        of_kind = lambda windowed: VisionBlock(c, longest[windowed], self.dtype, self.attention, parent=None)
+        blocks = [of_kind(windowed) for windowed in c.windowed]
         variables = stacked(self, "blocks", blocks[0], c.layers, x_BPE, rotary, segments[c.windowed[0]])
         kinds = [
             lambda v, x_BPE, _, block=block, windowed=windowed: (
@@ -156,7 +170,7 @@ class VisionTower(nn.Module):
         features_BMD = Merger(c, self.out_width, self.dtype, name="merger")(x_BPE)
         if order_BP is not None:  # a merged block moved as one: its place is that of its first patch
             back_BM = jnp.argsort(order_BP[:, :: c.merge_size**2], axis=1)
-            features_BMD = jnp.take_along_axis(features_BMD, back_BM[:, :, None], axis=1)
+            features_BMD = jnp.take_along_axis(constrain(features_BMD, whole), back_BM[:, :, None], axis=1)
         return features_BMD
 
 
