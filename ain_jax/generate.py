@@ -22,6 +22,7 @@ import numpy as np
 from ain_jax.data.images import ImageSettings, open_image, preprocess
 from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions, visual_tokens
 from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles, row_features
+from ain_jax.launching import processes
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig
 from ain_jax.models.multimodal import MultimodalModel
@@ -95,7 +96,8 @@ def generate(
     # Of one size, so as not to compile again.
     stop_Z = jnp.asarray([*stop_ids] + [-1] * (MOST_STOPS - len(stop_ids)), jnp.int32)
     begin, advance = _compiled(config, max_new_tokens, temperature > 0, jnp.dtype(dtype).name)
-    params = jax.device_put(params)  # once: numpy arrays would be sent anew by each call of the two
+    # Once: numpy arrays would be sent anew by each call of the two. What lies on devices, of many hosts even, stays.
+    params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), params)
     waiting: list[tuple[list[int], Any]] = []
     for size in sorted(set(sizes)):
         # By length alone: rows that are left empty cost as much as rows padded to the next length.
@@ -127,7 +129,7 @@ MOST_STOPS = 8
 
 def _said(state: Any) -> list[list[int]]:
     """The ids of each row so far."""
-    new_BT, count_B = np.asarray(state["new_BT"]), np.asarray(state["count_B"])
+    new_BT, count_B = processes.fetch((state["new_BT"], state["count_B"]))
     return [new_T[:count].tolist() for new_T, count in zip(new_BT, count_B, strict=True)]
 
 

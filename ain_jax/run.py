@@ -7,11 +7,14 @@ finished and with which numbers; both are written beside and renamed.
 import argparse
 import fcntl
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,17 @@ from ain_jax.experiment import (
     read_bindings,
     resolve,
 )
+from ain_jax.launching import TOLD, Interrupted, OtherProcess
 
 # Settings that leave every number as it is: they may change between a run and its resumption.
-NEUTRAL = ("Trainer.save_seconds", "Trainer.keep", "Evaluation.shown", "Model.remat", "Experiment.description")
+NEUTRAL = (
+    *("Trainer.save_seconds", "Trainer.keep", "Trainer.keep_every", "Trainer.bad_steps", "Trainer.bad_steps_in_all"),
+    *("Trainer.peak_tflops", "Evaluation.shown", "Model.remat", "Model.size", "Budget.tokens"),
+    "Experiment.description",
+)
+LAST_SECONDS = 5
+LOST = 75  # the exit status of a process that lost the others (EX_TEMPFAIL)
+SEEN_SECONDS = 60  # that a network's disk may take to show a new file
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -57,6 +68,7 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
         dest="overrides",
         help="override a binding, for example --set 'pretrain/Trainer.steps=20'; may be repeated",
     )
+    parser.add_argument("--profile", action="store_true", help="trace some steps of each stage for XProf")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved experiment and stop")
     return parser.parse_args(argv)
 
@@ -65,11 +77,16 @@ def main(
     argv: Sequence[str] | None = None,
     description: str = "Run an experiment on this machine.",
     experiments: Path = Path("experiments"),
+    join: Callable[[], object] = lambda: None,
 ) -> int:
-    """The exit status: 0 done, 1 stopped by a fault that is told, 130 interrupted."""
+    """The exit status: 0 done, 1 stopped by a fault that is told, 130 interrupted, 75 one of several was lost.
+
+    `join` is called before jax is asked for its devices: there a process joins the others of the run.
+    """
     asked = arguments(argv, description)
     try:
         path = find_experiment(asked.exp, experiments)
+        from ain_jax.launching import signals
         from ain_jax.stages import registry  # imports jax: a mistyped name is told before that
 
         bindings = read_bindings(path)
@@ -85,15 +102,41 @@ def main(
         if asked.dry_run:
             print(resolved.text(), end="")
             return 0
-        with _alone(root):
-            return run(resolved, root, asked.stage)
+        with signals.at_once():
+            join()
+            with _alone(root):
+                return run(resolved, root, asked.stage, asked.profile)
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
         print(f"\ninterrupted{detail}; the same command goes on from there", file=sys.stderr)
-        return 130
+        return 130 if isinstance(stop, Interrupted) else _leave(130)
+    except OtherProcess:  # the first process says what it was
+        return 1
     except (ValueError, FloatingPointError, OSError) as fault:
         print(f"\nain_jax: {fault}", file=sys.stderr)
-        return 1
+        return 1 if TOLD in getattr(fault, "__notes__", ()) else _leave(1)
+    except Exception as error:
+        # Of several processes one that is lost ends the others like this: to be started again, and no fault of theirs.
+        if not _several() or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        traceback.print_exc()
+        return _leave(LOST)
+
+
+def _leave(status: int) -> int:
+    """The status, to be handed back; one of several processes ends here, since the others wait for it for ever."""
+    if _several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if sys.modules["jax"].process_index() == 0:
+            time.sleep(LAST_SECONDS)  # with this process the others end: those that have a fault to tell tell it first
+        os._exit(status)
+    return status
+
+
+def _several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _check_stages(resolved: Resolved, root: Path) -> None:
@@ -110,45 +153,77 @@ def _check_stages(resolved: Resolved, root: Path) -> None:
         raise ExperimentError("\n".join(dict.fromkeys(faults)))
 
 
-def run(resolved: Resolved, root: Path, only: str | None = None) -> int:
+def run(resolved: Resolved, root: Path, only: str | None = None, profile: bool = False) -> int:
     """Run the stages in order, or one of them; write the summary and the report when all are finished."""
     from ain_jax import report
+    from ain_jax.launching.processes import of_first
     from ain_jax.stages import registry
 
     order = resolved.experiment.stages
-    check_folder(resolved, root)
-    _write_text(root / "config.gin", resolved.text())
+    of_first(lambda: _begin(resolved, root))
     for stage in [only] if only else order:
         here = root / stage
-        if (here / "result.json").is_file():
-            print(f"{stage:16} finished before", file=sys.stderr)
+        if of_first((here / "result.json").is_file):
+            _say(f"{stage:16} finished before")
             continue
-        missing = [s for s in order[: order.index(stage)] if not (root / s / "result.json").is_file()]
-        if missing:
-            raise ValueError(
-                f"stage {stage!r} comes after {', '.join(missing)}, not finished in {root}: run "
-                f"--stage {missing[0]} first, or leave --stage out to run them all"
-            )
-        _write_text(here / "config.gin", "\n".join(_lines(resolved, stage)) + "\n")
+        of_first(lambda stage=stage: _begin_stage(resolved, root, stage))
         began = time.monotonic()
         try:
-            numbers = registry.RUN[resolved.experiment.kind(stage)](registry.StageRun(resolved, root, stage))
+            numbers = registry.RUN[resolved.experiment.kind(stage)](registry.StageRun(resolved, root, stage, profile))
         except BaseException:
-            if [p.name for p in here.iterdir()] == ["config.gin"]:  # refused before it began: nothing holds it to that
-                (here / "config.gin").unlink()
+            if here.is_dir() and [p.name for p in here.iterdir()] == [
+                "config.gin"
+            ]:  # refused before it began: nothing holds it to that
+                (here / "config.gin").unlink(missing_ok=True)
             raise
         seconds = time.monotonic() - began
-        _write_text(here / "result.json", _json({"numbers": numbers, "seconds": round(seconds, 1)}))
-        report.print_stage(stage, numbers, seconds)
-    if all((root / s / "result.json").is_file() for s in order):
-        summary = summarise(resolved, root)
-        _write_text(root / "summary.json", _json(summary))
-        report.print_table(summary)
-        page = report.write(summary, root, resolved)
-        print(f"\nsummary  {root / 'summary.json'}\nreport   {page}")
-        if (root / "export").is_dir():
-            print(f"model    {root / 'export'}")
+
+        def finish(stage=stage, here=here, numbers=numbers, seconds=seconds) -> None:
+            _write_text(here / "result.json", _json({"numbers": numbers, "seconds": round(seconds, 1)}))
+            report.print_stage(stage, numbers, seconds)
+
+        of_first(finish)
+    of_first(lambda: _finish(resolved, root))
     return 0
+
+
+def _begin(resolved: Resolved, root: Path) -> None:
+    check_folder(resolved, root)
+    _write_text(root / "config.gin", resolved.text())
+
+
+def _begin_stage(resolved: Resolved, root: Path, stage: str) -> None:
+    order = resolved.experiment.stages
+    missing = [s for s in order[: order.index(stage)] if not (root / s / "result.json").is_file()]
+    if missing:
+        raise ValueError(
+            f"stage {stage!r} comes after {', '.join(missing)}, not finished in {root}: run "
+            f"--stage {missing[0]} first, or leave --stage out to run them all"
+        )
+    _write_text(root / stage / "config.gin", "\n".join(_lines(resolved, stage)) + "\n")
+
+
+def _finish(resolved: Resolved, root: Path) -> None:
+    """The summary and the report, where all stages are finished."""
+    from ain_jax import report
+
+    if not all((root / s / "result.json").is_file() for s in resolved.experiment.stages):
+        return
+    summary = summarise(resolved, root)
+    _write_text(root / "summary.json", _json(summary))
+    report.print_table(summary)
+    page = report.write(summary, root, resolved)
+    print(f"\nsummary  {root / 'summary.json'}\nreport   {page}")
+    if (root / "export").is_dir():
+        print(f"model    {root / 'export'}")
+
+
+def _say(line: str) -> None:
+    """A line on standard error, once for all processes."""
+    from ain_jax.launching.processes import is_first
+
+    if is_first():
+        print(line, file=sys.stderr)
 
 
 def summarise(resolved: Resolved, root: Path) -> dict[str, Any]:
@@ -211,13 +286,38 @@ def check_folder(resolved: Resolved, root: Path) -> None:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """Hold the run's folder: two processes in it would overwrite one another's checkpoints."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{root} is in use by another process; wait for it, or give another --run_dir") from None
+    """Hold the run's folder: two runs in it would overwrite one another's checkpoints.
+
+    Of several processes the first holds it, and the others must see what it writes there.
+    """
+    from ain_jax.launching.processes import of_first
+
+    with ExitStack() as held:
+
+        def hold() -> str:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((root / ".lock").open("a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(
+                    f"{root} is in use by another process; wait for it, or give another --run_dir"
+                ) from None
+            lock.truncate(0)  # not before it is held: the processes of another run may be reading it
+            lock.write(mark := uuid.uuid4().hex)
+            lock.flush()
+            return mark
+
+        mark = of_first(hold)
+        for _ in range(SEEN_SECONDS):
+            if (root / ".lock").is_file() and (root / ".lock").read_text("utf-8") == mark:
+                break
+            time.sleep(1.0)
+        else:
+            raise ValueError(
+                f"{root.absolute()} on {platform.node()} is not the folder that the first process of the run writes: "
+                "give a --run_dir that lies on a disk which all of them see"
+            )
         yield
 
 

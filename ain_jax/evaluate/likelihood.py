@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ain_jax.launching import processes
 from ain_jax.train.losses import group_sums, next_token, pair_log_probs
 
 
@@ -15,7 +16,7 @@ def nats(model: Any, params: Any, groups: Sequence[str], batches: Iterator[tuple
     score = _token_nats(model, len(groups))
     total_G = np.zeros(len(groups))
     for batch, _ in batches:
-        total_G += np.asarray(score(params, batch), np.float64)
+        total_G += np.asarray(processes.fetch(score(params, batch)), np.float64)
     return dict(zip(groups, total_G.tolist(), strict=True))
 
 
@@ -29,7 +30,7 @@ def pair_choices(
     score = _pair_sums(model, len(groups))
     totals = np.zeros((3, len(groups)))
     for batch, _ in batches:
-        totals += np.stack([np.asarray(part, np.float64) for part in score(params, batch)])
+        totals += np.stack([np.asarray(part, np.float64) for part in processes.fetch(score(params, batch))])
     right_G, count_G, margin_G = totals
     return {
         group: {"accuracy": right_G[g] / count_G[g], "margin": margin_G[g] / count_G[g], "pairs": int(count_G[g])}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import platform
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -30,8 +31,9 @@ from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
 from ain_jax.data.tiles import TileSettings
 from ain_jax.experiment import Resolved, nearest
-from ain_jax.models import lora
-from ain_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from ain_jax.launching import processes
+from ain_jax.models import attention, lora
+from ain_jax.models.config import ModelConfig, TextConfig, VisionConfig, published
 from ain_jax.models.lora import Lora
 from ain_jax.models.multimodal import MultimodalModel, abstract_params, axis_names, init_params
 from ain_jax.tokenizer import chat, schedule
@@ -42,7 +44,7 @@ from ain_jax.tokenizer.schedule import Vocabulary
 from ain_jax.tokenizer.with_template import Templated, with_template
 from ain_jax.train import checkpoint, rows
 from ain_jax.train.loop import Trainer
-from ain_jax.train.optimizer import Optimizer
+from ain_jax.train.optimizer import Optimizer, path_name
 from ain_jax.weights import embeddings, load
 
 EXTEND = "extend_tokenizer"
@@ -57,9 +59,13 @@ class Model:
 
     Of sizes a Qwen2-VL is made; ids and the number of rows come from the extended tokenizer. With the stage
     extend_tokenizer a published model's rows grow by its new pieces: into its spare rows first, then by a multiple.
+
+    `size` names the published sizes that `folder` is expected to hold ("qwen2_vl_7b", see `config.PUBLISHED`): a folder
+    of another model is refused, and a plan needs no folder.
     """
 
     folder: str = ""  # as transformers saves it
+    size: str = ""
     width: int = 0
     layers: int = 0
     heads: int = 0
@@ -73,10 +79,22 @@ class Model:
     mrope_section: tuple[int, int, int] | None = None  # None: half the frequencies for time, a quarter for each side
     max_positions: int = 4096
     vocabulary_multiple: int = 64  # rows of the embedding are padded to a multiple
-    remat: Literal["none", "full", "dots"] = "none"
+    # What is kept for the backward pass, see layers.REMAT
+    remat: Literal["none", "full", "offload", "attention", "minimal", "offload_minimal", "dots"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; sums stay in float32
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of stored parameters; an optimiser's state is float32
+    attention: Literal["auto", "xla", "splash", "cudnn", "tokamax"] = "auto"  # "auto": by the mesh's devices
 
     def __post_init__(self):
-        sizes = [f for f in dataclasses.fields(self) if f.name not in ("folder", "remat", "vocabulary_multiple")]
+        how = ("folder", "size", "remat", "dtype", "param_dtype", "attention", "vocabulary_multiple")
+        sizes = [f for f in dataclasses.fields(self) if f.name not in how]
+        if self.size:
+            published(self.size)
+            if not self.folder:
+                raise ValueError(
+                    f"size = {self.size!r} without folder: give the folder where its weights lie, or will lie; it need "
+                    "not be there for a plan"
+                )
         if self.folder:
             given = [f.name for f in sizes if getattr(self, f.name) != f.default]
             if given:
@@ -106,6 +124,7 @@ class StageRun:
     resolved: Resolved
     root: Path
     stage: str
+    profile: bool = False  # a trace of some of its steps is asked for
 
     @property
     def folder(self) -> Path:
@@ -157,25 +176,29 @@ class StageRun:
         name = self.get(chat.Chat).template
         if not name or self.extended or self.base is None:
             return None
-        folder, beside = self.root / f"tokenizer_{name}", self.root / f"tokenizer_{name}.{os.getpid()}"
-        rows = load.load_config(self.base).text.vocabulary
-        made = with_template(self.base, name, beside, rows, self.get(Model).vocabulary_multiple)
-        if folder.is_dir():
-            shutil.rmtree(beside)
-        else:
-            beside.replace(folder)
-        return dataclasses.replace(made, folder=folder)
+        base, folder = self.base, self.root / f"tokenizer_{name}"
+        rows = load.load_config(base).text.vocabulary
+
+        def make() -> Templated:
+            beside = folder.with_name(f"{folder.name}.{platform.node()}.{os.getpid()}")
+            made = with_template(base, name, beside, rows, self.get(Model).vocabulary_multiple)
+            if folder.is_dir():
+                shutil.rmtree(beside)
+            else:
+                beside.replace(folder)
+            return dataclasses.replace(made, folder=folder)
+
+        return processes.first(make)
 
     @functools.cached_property
     def config(self) -> ModelConfig:
         """The model's sizes, joined with the tokenizer's ids."""
         if self.base:
-            config = load.load_config(self.base)
+            config = self._published(self.base)
             if self.templated:
                 text = dataclasses.replace(config.text, vocabulary=self.templated.rows)
                 return dataclasses.replace(config, text=text, eos_token_id=self.templated.stop_token_ids)
             return self._grown(config) if self.extended else config
-        m, images = self.get(Model), self.get(ImageSettings)
         ids: dict[str, Any] = {
             f"{name}_token_id": self.token(f"<|{token}|>")
             for name, token in (
@@ -187,9 +210,14 @@ class StageRun:
                 ("pad", "pad"),
             )
         }
+        return self._sized(len(self.tokenizer), bos_token_id=self.tokenizer.bos_token_id, **ids)
+
+    def _sized(self, ids: int, **token_ids: Any) -> ModelConfig:
+        """A Qwen2-VL of the sizes of Model and ImageSettings, with rows for so many ids."""
+        m, images = self.get(Model), self.get(ImageSettings)
         half = m.width // m.heads // 2
         text = TextConfig(
-            vocabulary=padded_vocab(len(self.tokenizer), m.vocabulary_multiple),
+            vocabulary=padded_vocab(ids, m.vocabulary_multiple),
             width=m.width,
             mlp_width=m.mlp_width,
             layers=m.layers,
@@ -210,7 +238,27 @@ class StageRun:
             merge_size=images.merge_size,
             temporal_patch_size=images.temporal_patch_size,
         )
-        return ModelConfig(text, vision, bos_token_id=self.tokenizer.bos_token_id, **ids)
+        return ModelConfig(text, vision, **token_ids)
+
+    def _published(self, folder: Path) -> ModelConfig:
+        """The config of a published folder, which must hold what `Model.size` names."""
+        config, size = load.load_config(folder), self.get(Model).size
+        if size:
+            theirs, ours = (
+                {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+                for tree in (abstract_params(config), abstract_params(published(size)))
+            )
+            other = [
+                f"{name} {theirs.get(name)} not {ours.get(name)}"
+                for name in theirs | ours
+                if theirs.get(name) != ours.get(name)
+            ]
+            if other:
+                raise ValueError(
+                    f"Model.folder = {str(folder)!r} is no {size}, which Model.size names: {'; '.join(other[:3])}"
+                    + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+                )
+        return config
 
     def _grown(self, config: ModelConfig) -> ModelConfig:
         """The published model's config with rows for the new ids, and the end and padding ids of its new template."""
@@ -236,10 +284,27 @@ class StageRun:
 
     @functools.cached_property
     def images(self) -> PictureSettings:
-        """How pictures are cut: as the published model's processor does, else as the experiment says."""
+        """How pictures are cut: as the published model's processor does, else as the experiment says.
+
+        Of a published processor the experiment may bound the pixels of a picture otherwise, and nothing else.
+        """
+        own = self.get(ImageSettings)
         if self.base is None or self.config.vision is None:
-            return self.get(ImageSettings)
-        return load.load_image_settings(self.base, self.config)
+            return own
+        settings = self._processor(self.base)
+        bounds = {
+            n: getattr(own, n) for n in ("min_pixels", "max_pixels") if getattr(own, n) != getattr(ImageSettings, n)
+        }
+        other = [f.name for f in dataclasses.fields(own) if f.name not in bounds and getattr(own, f.name) != f.default]
+        if other or (bounds and not isinstance(settings, ImageSettings)):
+            raise ValueError(
+                f"ImageSettings.{', '.join([*other, *bounds])}: the processor of {self.base} decides; of pictures of "
+                "free size min_pixels and max_pixels may be set, leave the rest out"
+            )
+        return dataclasses.replace(settings, **bounds)
+
+    def _processor(self, folder: Path) -> PictureSettings:
+        return load.load_image_settings(folder, self.config)
 
     @functools.cached_property
     def token_bytes_V(self) -> np.ndarray:
@@ -250,7 +315,10 @@ class StageRun:
     def model(self) -> MultimodalModel:
         images = self.images
         longest = images.max_pixels // images.patch_size**2 if isinstance(images, ImageSettings) else None
-        return MultimodalModel(self.config, remat=self.get(Model).remat, longest_image=longest)
+        settings = self.get(Model)
+        # By the mesh's devices and not by this machine's: a plan is for devices that are not here.
+        backends = attention.resolve(self.mesh.devices.flat[0].platform, settings.attention)
+        return MultimodalModel(self.config, jnp.dtype(settings.dtype), settings.remat, longest, backends)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -268,13 +336,13 @@ class StageRun:
         if kind in sources.files and kind in KINDS:
             raise ValueError(f"Sources.files names {kind!r}, as the sample does: give it another name")
         if kind in sources.files:
-            built = file_builder.build(kind, sources, self.root / "data")
+            built = processes.first(lambda: file_builder.build(kind, sources, self.root / "data"))
             return file_builder.records(built, split), Path(built.data_dir).parent.name
         if kind not in KINDS:
             hint = nearest(kind, [*sources.files, *KINDS])
             raise ValueError(f"no source {kind!r}: {hint}; files of your own are named in Sources.files")
         params = self.get(SampleParams)
-        builder = sample_builder.build(kind, self.root / "data", params)
+        builder = processes.first(lambda: sample_builder.build(kind, self.root / "data", params))
         return sample_builder.records(builder, split), sample_builder.fingerprint(params)
 
     def examples(
@@ -303,7 +371,8 @@ class StageRun:
             def progress(done: int, _: int) -> None:
                 bar.update(done - bar.n)
 
-            made = tokenise(
+            make = functools.partial(
+                tokenise,
                 records,
                 kind,
                 tokenizer,
@@ -316,8 +385,10 @@ class StageRun:
                 sources.bad_share if kind in sources.files else 0.0,
                 progress,
             )
+            made = processes.first(make)
         counts = {"at fault": made.bad, "longer than a row": made.dropped, "cut into several": made.split}
-        if told := ", ".join(f"{count} {what}" for what, count in counts.items() if count):
+        told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        if told and processes.is_first():
             tqdm.write(f"{name}: of {len(records):,} records {told}: {made.rejects}")
         return made
 
@@ -346,7 +417,8 @@ class StageRun:
         """Packed rows: `count` rows of a mixture, or as many as its epochs make, or (no mixture) every example once."""
         packing = packing or self.get(Packing)
         path, seed = self.folder / name, self.seed(name)
-        plan = pack_plan.plan(dict(sources), mixture, packing, count, seed, path, rows_per_batch)
+        make = functools.partial(pack_plan.plan, dict(sources), mixture, packing, count, seed, path, rows_per_batch)
+        plan = processes.first(make)
         vision = self.config.vision
         return loader.Rows(
             plan,
@@ -382,16 +454,23 @@ class StageRun:
 
     def layout(self) -> Any:
         """Shapes and shardings of the parameters."""
-        return sharding.layout(axis_names(self.config), abstract_params(self.config), self.mesh)
+        stored = abstract_params(self.config, jnp.dtype(self.get(Model).param_dtype))
+        return sharding.layout(axis_names(self.config), stored, self.mesh)
+
+    def adapters_layout(self) -> Any:
+        """Shapes and shardings of the low-rank pairs."""
+        abstract = lora.abstract(self.get(Lora), self.config)
+        return sharding.layout(lora.axis_names(abstract, axis_names(self.config)), abstract, self.mesh)
+
+    def new_rows_layout(self) -> Any:
+        """Shapes and shardings of the rows of the new pieces, which lie as the tables that they are rows of do."""
+        abstract = jax.eval_shape(lambda params: rows.take(params, *self.new_rows), self.layout())
+        return sharding.layout(jax.tree.map(lambda _: ("vocab", "embed"), abstract), abstract, self.mesh)
 
     @property
     def trains_all(self) -> bool:
         """Whether this stage saves the parameters, and not a part that stands beside them."""
         return not self.get(Lora).rank and self.get(Optimizer).rows == "all"
-
-    @property
-    def _whole(self) -> jax.sharding.NamedSharding:
-        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
 
     @property
     def new_rows(self) -> tuple[int, int]:
@@ -402,26 +481,24 @@ class StageRun:
         """The parameters before any stage: the published model's, or random ones, the same for every stage."""
         if self.base:
             config = load.load_config(self.base)
-            published = load.load_params(self.base, config, jnp.float32, self.mesh)
+            params = load.load_params(self.base, config, jnp.dtype(self.get(Model).param_dtype), self.mesh)
             if self.extended:
                 first, made = self.new_rows[0], embeddings.load_rows(self.root / EXTEND / NEW_ROWS)
             elif self.templated and self.templated.special_tokens:
                 special = self.templated.special_tokens
                 first = min(special.values())
-                made = embeddings.make_rows(published, config, first, [()] * len(special), embeddings.Embeddings())
+                made = embeddings.make_rows(params, config, first, [()] * len(special), embeddings.Embeddings())
             else:
-                return published
-            grown = embeddings.grow_tables(published, made, first, self.config.text.vocabulary)
+                return params
+            grown = embeddings.grow_tables(params, made, first, self.config.text.vocabulary)
             return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), grown, self.layout())
         key = jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
-        drawn = init_params(self.config, key)
-        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), drawn, self.layout())
+        return init_params(self.config, key, self.layout())
 
     def initial_adapters(self) -> Any:
         """The low-rank pairs that this stage begins with."""
         drawn = lora.init(self.get(Lora), self.config, jax.random.key(self.seed("adapters")))
-        placed = sharding.shardings(lora.axis_names(drawn, axis_names(self.config)), drawn, self.mesh)
-        return jax.tree.map(jax.device_put, drawn, placed)
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), drawn, self.adapters_layout())
 
     def trained_adapters(self, stage: str, step: int | None = None) -> Any:
         """The low-rank pairs that a stage ended with, or had at a step."""
@@ -435,18 +512,16 @@ class StageRun:
         if run.get(Lora).rank:
             whole = lora.merge(run.starting_params(), self.trained_adapters(stage, step), run.get(Lora))
         else:
-            first, count = run.new_rows
-            abstract = jax.eval_shape(lambda params: rows.take(params, first, count), self.layout())
-            # whole on every device: so many rows need not divide by the mesh's axes
-            like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._whole), abstract)
-            whole = rows.put(run.starting_params(), self._saved(stage, like, step), first)
+            taken = self._saved(stage, run.new_rows_layout(), step)
+            whole = rows.put(run.starting_params(), taken, run.new_rows[0])
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), whole, self.layout())
 
     @contextmanager
     def exported_params(self, stage: str, step: int | None = None) -> Iterator[Any]:
         """As `trained_params`, to be read one by one where nothing has to be put in."""
         if not self.of(stage).trains_all:
-            yield self.trained_params(stage, step)
+            whole = self.trained_params(stage, step)
+            yield jax.tree.map(lambda x: checkpoint.Leaf(x.shape, np.dtype(x.dtype), lambda: x), whole)
             return
         folder = self.root / stage / "checkpoints"
         with checkpoint.opened(folder, step, self.tokenizer_mark) as (checkpoints, found):
@@ -482,7 +557,9 @@ def sample_path(path: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside, then rename."""
+    """Write beside, then rename; the first process does."""
+    if not processes.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

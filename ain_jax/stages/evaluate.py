@@ -5,6 +5,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ain_jax.data.formats import Record
 from ain_jax.data.packing import Packing
 from ain_jax.evaluate import likelihood, ngram, scores
 from ain_jax.generate import Prompt, generate, placeholder_counts, prompt_with_images
+from ain_jax.launching import processes
 from ain_jax.stages import common
 from ain_jax.stages.common import Start
 from ain_jax.tokenizer import chat
@@ -52,7 +54,8 @@ def _models(settings: Evaluation) -> list[str]:
 def run(stage: common.StageRun) -> dict[str, Any]:
     settings = stage.get(Evaluation)
     models = _models(settings)
-    bar = tqdm(total=len(models) + 1, desc=f"{stage.stage:16}", unit="model", dynamic_ncols=True)
+    quiet = not processes.is_first()
+    bar = tqdm(total=len(models) + 1, desc=f"{stage.stage:16}", unit="model", dynamic_ncols=True, disable=quiet)
     with jax.set_mesh(stage.mesh):
         results: dict[str, Any] = {}
         for name in models:
@@ -67,37 +70,42 @@ def run(stage: common.StageRun) -> dict[str, Any]:
 
 
 def _kept(path: Path, make: Any) -> Any:
-    """A part of the result, made once: an interrupted evaluation goes on with the next model."""
-    if not path.exists():
+    """A part of the result, made once: an interrupted evaluation goes on with the next part."""
+    if not processes.of_first(path.exists):
         common.write_json(path, make())
-    return json.loads(path.read_text(encoding="utf-8"))
+    return processes.of_first(lambda: json.loads(path.read_text(encoding="utf-8")))
 
 
 def _one_model(stage: common.StageRun, settings: Evaluation, name: str) -> dict[str, Any]:
     params = stage.initial_params() if name == UNTRAINED else stage.trained_params(name)
     result: dict[str, Any] = {}
+    kept = lambda part, make: _kept(stage.folder / "parts" / f"{name}-{part}.json", make)
     if name in settings.texts_of:
-        result["bits_per_byte"] = _bits_per_byte(stage, settings, params)
+        languages = {source.rpartition("/")[2]: source for source in settings.texts}
+        result["bits_per_byte"] = {
+            language: kept(f"text-{language}", partial(_bits_per_byte, stage, settings, params, source))
+            for language, source in languages.items()
+        }
     if name in settings.answers_of:
-        result |= _answers(stage, settings, params, name)
+        result |= kept("answers", lambda: _answers(stage, settings, params, name))
     if name in settings.pairs_of:
-        rows = stage.rows({"preference": stage.examples("preference", "test")}, None, None, "plan_pairs", pairs=True)
-        pairs = likelihood.pair_choices(stage.model, params, rows.groups, stage.batches(rows, settings.rows))
-        result["preference"] = {kind.rpartition("/")[2]: _rounded(v) for kind, v in pairs.items()}
+        result["preference"] = kept("pairs", lambda: _pairs(stage, settings, params))
     return result
 
 
-def _bits_per_byte(stage: common.StageRun, settings: Evaluation, params: Any) -> dict[str, float]:
-    result = {}
+def _pairs(stage: common.StageRun, settings: Evaluation, params: Any) -> dict[str, Any]:
+    rows = stage.rows({"preference": stage.examples("preference", "test")}, None, None, "plan_pairs", pairs=True)
+    pairs = likelihood.pair_choices(stage.model, params, rows.groups, stage.batches(rows, settings.rows))
+    return {kind.rpartition("/")[2]: _rounded(v) for kind, v in pairs.items()}
+
+
+def _bits_per_byte(stage: common.StageRun, settings: Evaluation, params: Any, source: str) -> float:
     packing = Packing(row_tokens=stage.get(Packing).row_tokens)  # text alone
-    for source in settings.texts:
-        language = source.rpartition("/")[2]
-        sources = {source: stage.examples(source, "test", packing)}
-        rows = stage.rows(sources, None, None, f"plan_{language}", packing=packing)
-        total = sum(likelihood.nats(stage.model, params, rows.groups, stage.batches(rows, settings.rows)).values())
-        size = sum(len(text.encode()) for text in _texts(stage, source, "test"))
-        result[language] = round(total / math.log(2) / size, 5)
-    return result
+    sources = {source: stage.examples(source, "test", packing)}
+    rows = stage.rows(sources, None, None, f"plan_{source.rpartition('/')[2]}", packing=packing)
+    total = sum(likelihood.nats(stage.model, params, rows.groups, stage.batches(rows, settings.rows)).values())
+    size = sum(len(text.encode()) for text in _texts(stage, source, "test"))
+    return round(total / math.log(2) / size, 5)
 
 
 def _texts(stage: common.StageRun, source: str, split: str) -> list[str]:
@@ -157,7 +165,7 @@ def _show(
 def _picture(folder: Path, stem: str, picture: bytes) -> str:
     """The name of the file that a picture lies in; the first model that is asked about it writes it."""
     path = folder / (stem + (".png" if picture.startswith(PNG) else ".jpg"))
-    if not path.exists():
+    if processes.is_first() and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
         beside.write_bytes(picture)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ain_jax.data.examples import tokenizer_fingerprint
+from ain_jax.launching import processes
 from ain_jax.models.lora import Lora
 from ain_jax.stages import common
 from ain_jax.weights import export
@@ -37,6 +38,7 @@ def run(stage: common.StageRun) -> dict[str, Any]:
     settings = stage.get(Export)
     place = stage.root / settings.folder
     write(stage, settings.stage, None, place, settings.merge_lora)
+    processes.wait_for_all("export")
     files = sorted(p for p in Path(place).iterdir() if p.is_file())
     return {"folder": settings.folder, "files": {p.name: p.stat().st_size for p in files}}
 
@@ -64,10 +66,13 @@ def write(stage: common.StageRun, trained: str, step: int | None, place: Path, m
     _refuse(stage, trained, merge_lora)
     adapted = stage.of(trained).get(Lora)
     if adapted.rank and not merge_lora:
-        pairs, fingerprint = stage.trained_adapters(trained, step), tokenizer_fingerprint(stage.tokenizer)
+        pairs = processes.fetch(stage.trained_adapters(trained, step))
+        fingerprint = tokenizer_fingerprint(stage.tokenizer)
         # What lies under an earlier stage's weights has no name that PEFT could open.
         base = "" if stage.of(trained).get(common.Start).stage else str(stage.base or "")
-        save_adapters(pairs, adapted, stage.config, place, base=base, tokenizer=fingerprint)
+        processes.of_first(
+            lambda: save_adapters(pairs, adapted, stage.config, place, base=base, tokenizer=fingerprint) and None
+        )
         return
     when = f"after the stage {trained}" if step is None else f"at step {step} of the stage {trained}"
     card = export.card(
@@ -79,6 +84,9 @@ def write(stage: common.StageRun, trained: str, step: int | None, place: Path, m
         pictures=stage.config.vision is not None,
     )
     with stage.exported_params(trained, step) as params:
+        if not processes.is_first():
+            export.read_weights(params, stage.config)  # each takes part in reading, the first process writes
+            return
         export.export_folder(
             params,
             stage.config,

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import tokenizers
 from tqdm import tqdm
 
 from ain_jax.data import examples
+from ain_jax.launching import processes
 from ain_jax.stages import common
 from ain_jax.tokenizer import audit, base, chat, extend, folder, inspect, templates, with_template
 from ain_jax.weights import embeddings, load, rows_report
@@ -65,6 +67,10 @@ def _base(stage: common.StageRun) -> Path:
 
 
 def run(stage: common.StageRun) -> dict[str, Any]:
+    return processes.of_first(lambda: _run(stage))  # one process does it all, on its own devices
+
+
+def _run(stage: common.StageRun) -> dict[str, Any]:
     settings = stage.get(Tokenizer)
     start = _base(stage)
     bar = tqdm(total=5, desc=f"{stage.stage:16}", unit="part", dynamic_ncols=True)
@@ -128,7 +134,8 @@ def _rows(
     assert stage.base is not None
     settings = stage.get(Embeddings)
     config = load.load_config(stage.base)
-    params = load.load_params(stage.base, config, jnp.float32, stage.mesh)
+    mesh = stage.mesh if jax.process_count() == 1 else processes.own_mesh()
+    params = load.load_params(stage.base, config, jnp.float32, mesh)
     kept = [text for source in stage.get(Tokenizer).keep for text in _texts(stage, source, "train")]
     new = tokenizers.Tokenizer.from_file(str(extension.folder / "tokenizer.json"))
     first_token = examples.first_token(stage.tokenizer)

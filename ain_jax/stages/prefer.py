@@ -27,6 +27,10 @@ def run(stage: common.StageRun) -> dict:
     with jax.set_mesh(stage.mesh):
         batches = lambda r: stage.batches(r, stage.get(Trainer).rows)
         rows = reference.with_reference(rows, stage.model, params, batches, stage.folder / "reference.npz")
+    return training.fit(stage, params, loss(stage, len(rows.groups)), rows)
+
+
+def loss(stage: common.StageRun, groups: int) -> losses.Loss:
+    """The preference loss, reported by so many kinds of pairs."""
     settings = stage.get(Preference)
-    loss = losses.preference(stage.model, len(rows.groups), settings.beta, settings.sft)
-    return training.fit(stage, params, loss, rows)
+    return losses.preference(stage.model, groups, settings.beta, settings.sft)

@@ -6,5 +6,9 @@ from ain_jax.train import losses
 
 def run(stage: common.StageRun) -> dict:
     rows = stage.training_rows()
-    loss = losses.next_token(stage.model, len(rows.groups), stage.get(losses.NextToken), stage.token_bytes_V)
-    return training.fit(stage, stage.starting_params(), loss, rows)
+    return training.fit(stage, stage.starting_params(), loss(stage, len(rows.groups)), rows)
+
+
+def loss(stage: common.StageRun, groups: int) -> losses.Loss:
+    """Cross-entropy of the learnt tokens, reported by so many groups."""
+    return losses.next_token(stage.model, groups, stage.get(losses.NextToken), stage.token_bytes_V)

@@ -10,6 +10,7 @@ from ain_jax.data.loader import Loader
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
 from ain_jax.models.lora import Lora
+from ain_jax.plan.estimate import Budget
 from ain_jax.sharding import Mesh
 from ain_jax.stages import evaluate, export, extend_tokenizer, instruct, prefer, pretrain, training
 from ain_jax.stages.common import Model, StageRun, Start
@@ -20,13 +21,13 @@ from ain_jax.stages.prefer import Preference
 from ain_jax.tokenizer.chat import Chat
 from ain_jax.tokenizer.schedule import Vocabulary
 from ain_jax.train.loop import Trainer
-from ain_jax.train.losses import NextToken
+from ain_jax.train.losses import Loss, NextToken
 from ain_jax.train.optimizer import Optimizer
 from ain_jax.weights.embeddings import Embeddings
 
 _DATA = (Sources, SampleParams)
 _MODEL = (*_DATA, Packing, Chat, Loader, ImageSettings, Model, Mesh)
-_TRAINING = (*_MODEL, Mixture, Vocabulary, Start, Lora, Optimizer, Trainer)
+_TRAINING = (*_MODEL, Mixture, Vocabulary, Start, Lora, Optimizer, Trainer, Budget)
 
 SETTINGS: Mapping[str, tuple[type, ...]] = {
     "extend_tokenizer": (Tokenizer, Embeddings, *_DATA, Chat, Model, Mesh),
@@ -53,4 +54,11 @@ RUN: Mapping[str, Callable[[StageRun], dict[str, Any]]] = {
     "prefer": prefer.run,
     "evaluate": evaluate.run,
     "export": export.run,
+}
+
+# Of the stages that train: their loss, reported by so many groups.
+LOSS: Mapping[str, Callable[[StageRun, int], Loss]] = {
+    "pretrain": pretrain.loss,
+    "instruct": instruct.loss,
+    "prefer": prefer.loss,
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from ain_jax.data import loader
 from ain_jax.data.mixture import Mixture
@@ -16,9 +17,10 @@ from ain_jax.models.lora import Lora
 from ain_jax.stages.common import EXTEND, StageRun, Start
 from ain_jax.tokenizer import schedule
 from ain_jax.tokenizer.schedule import Vocabulary
-from ain_jax.train import checkpoint, metrics, optimizer, rows, state, step
+from ain_jax.train import checkpoint, metrics, optimizer, peaks, rows, state, step
 from ain_jax.train.loop import Trainer, train
 from ain_jax.train.losses import Loss
+from ain_jax.train.measures import Work
 from ain_jax.train.optimizer import Optimizer
 
 
@@ -72,18 +74,16 @@ def fit(run: StageRun, params: Any, loss: Loss, data: loader.Rows) -> dict[str, 
     With `Lora.rank`, or `Optimizer.rows` = "new", the parameters stay, and what is trained and saved are the low-rank
     pairs beside them, or the rows of the new pieces.
     """
-    trainer, settings = run.get(Trainer), run.get(Optimizer)
+    trainer = run.get(Trainer)
     trainer = dataclasses.replace(trainer, steps=-(-len(data) // trainer.rows))
     with jax.set_mesh(run.mesh):
-        trained, frozen, aim = trained_part(run, params, loss)
-        rates = optimizer.rate_tree(trained, settings.rates)
-        transform = optimizer.make(settings, trained, trainer.steps)
-        update = step.make_update(aim, transform, rates, trainer.accumulate)
-        checkpoints = checkpoint.Checkpoints(run.folder / "checkpoints", trainer.keep)
+        made = make_step(run, loss, trainer.steps)
+        trained, frozen = trained_part(run, params)
+        checkpoints = checkpoint.Checkpoints(run.folder / "checkpoints", trainer.keep, trainer.keep_every)
         try:
             train(
-                update=update,
-                state=state.create(trained, transform),
+                update=made.update,
+                state=state.create(trained, made.transform),
                 frozen=frozen,
                 batches=lambda start: run.batches(data, trainer.rows, start),
                 trainer=trainer,
@@ -91,25 +91,70 @@ def fit(run: StageRun, params: Any, loss: Loss, data: loader.Rows) -> dict[str, 
                 checkpoints=checkpoints,
                 marks=run.marks(data),
                 groups=data.groups,
-                log=lambda start: metrics.Log(run.folder, run.stage, trainer.steps, start, data.plan.filled),
+                log=lambda start: metrics.Log(run.folder, run.stage, trainer.steps, start, data.plan.filled, work(run)),
                 changes=changes(run, params),
+                profile=run.folder / "profile" if run.profile else None,
             )
         finally:
             checkpoints.close()
     return training_numbers(run.folder / "metrics.jsonl", data)
 
 
-def trained_part(run: StageRun, params: Any, loss: Loss) -> tuple[Any, Any, Loss]:
-    """What learns, what stays, and the loss as a function of the two."""
-    settings, adapted = run.get(Optimizer), run.get(Lora)
+def work(run: StageRun) -> Work | None:
+    """What a step of the stage asks of the devices, and their peak; None where that is not known."""
+    from ain_jax.plan.compile import model_flops  # which compiles what is made here
+
+    devices = run.mesh.devices
+    best = peaks.peak(devices.flat[0].device_kind, devices.size, run.get(Trainer).peak_tflops)
+    if best is None:
+        return None
+    return Work({name: sum(model_flops(run, name == "needed").values()) for name in ("all", "needed")}, *best)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One update of a stage, and what it is called with as ShapeDtypeStructs that say where each array lies.
+
+    `update(state, frozen, batch, key)`: nothing has to be there to lower it, neither weights nor data nor devices.
+    """
+
+    update: step.Update
+    transform: optax.GradientTransformation
+    trained: Any
+    frozen: Any
+
+    @property
+    def state(self) -> state.TrainState:
+        """Shapes and shardings of the state."""
+        return state.layout(self.trained, self.transform)
+
+
+def make_step(run: StageRun, loss: Loss, steps: int) -> Step:
+    """The step that `fit` runs `steps` times and that a plan compiles."""
+    settings, adapted, params = run.get(Optimizer), run.get(Lora), run.layout()
+    trained, frozen, aim = params, {}, loss
     if adapted.rank:
+        trained, frozen = run.adapters_layout(), params
         aim = lambda pairs, base, *rest: loss(base, {"lora": lora.scaled(pairs, adapted)}, *rest)
-        return run.initial_adapters(), params, aim
-    if settings.rows == "new":
-        first, count = run.new_rows
+    elif settings.rows == "new":
+        first = run.new_rows[0]
+        trained, frozen = run.new_rows_layout(), params
         aim = lambda taken, base, *rest: loss(rows.put(base, taken, first), {}, *rest)
-        return rows.take(params, first, count), params, aim
-    return params, {}, loss
+    transform = optimizer.make(settings, trained, steps)
+    rates, like = optimizer.rate_tree(trained, settings.rates), state.layout(trained, transform)
+    trainer = run.get(Trainer)
+    update = step.make_update(aim, transform, rates, trainer.accumulate, like, skip_bad=trainer.bad_steps > 0)
+    return Step(update, transform, trained, frozen)
+
+
+def trained_part(run: StageRun, params: Any) -> tuple[Any, Any]:
+    """What learns and what stays, of the parameters that a stage starts with; laid out as `make_step` says."""
+    if run.get(Lora).rank:
+        return run.initial_adapters(), params
+    if run.get(Optimizer).rows == "new":
+        taken = rows.take(params, *run.new_rows)
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), taken, run.new_rows_layout()), params
+    return params, {}
 
 
 def changes(run: StageRun, params: Any) -> dict[int, Callable[[state.TrainState], state.TrainState]]:
@@ -138,7 +183,7 @@ def changes(run: StageRun, params: Any) -> dict[int, Callable[[state.TrainState]
 def training_numbers(path: Path, data: loader.Rows, window: int = 20) -> dict[str, Any]:
     """Means over the first and the last `window` steps of each number of a stage, and how full its rows were."""
     lines = metrics.read(path)
-    names = sorted({k for line in lines for k in line} - {"step", "filled", *metrics.TIMES})
+    names = sorted({k for line in lines for k in line if not metrics.is_time(k)} - {"step", "filled"})
 
     def mean(part: Sequence[Mapping[str, Any]], name: str) -> float | None:
         values = [line[name] for line in part if name in line]

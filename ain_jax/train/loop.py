@@ -1,21 +1,25 @@
 """The only loop: step, log, save, resume. It never learns the name of its stage."""
 
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
+from ain_jax.launching import TOLD, Interrupted, processes, signals
+from ain_jax.launching.processes import fetch
+from ain_jax.train import measures
 from ain_jax.train.checkpoint import Checkpoints
-from ain_jax.train.metrics import Log, fetch, numbers
+from ain_jax.train.metrics import Log, numbers
+from ain_jax.train.profile import Profile
 from ain_jax.train.state import TrainState
 from ain_jax.train.step import Update
+
+__all__ = ["Interrupted", "Trainer", "train"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +31,24 @@ class Trainer:
     accumulate: int = 1
     save_seconds: float = 60.0  # a checkpoint at the first step after so many seconds; the last step always saves
     keep: int = 2  # checkpoints kept
+    keep_every: int = 0  # steps: each so manieth is saved as well, and kept for good; 0: none
+    # A step whose loss or gradients are not finite changes nothing and is counted; more of them than so many in a row,
+    # or in all, stop the run. 0 stops at the first one; a long run should bear a few.
+    bad_steps: int = 0
+    bad_steps_in_all: int = 50
+    peak_tflops: float = 0.0  # of one device, which MFU is a share of; 0: what the table of devices says
 
     def __post_init__(self):
+        low = {name: getattr(self, name) for name in ("keep_every", "bad_steps", "bad_steps_in_all", "peak_tflops")}
+        if low := [f"{name} = {value}" for name, value in low.items() if value < 0]:
+            raise ValueError(f"{', '.join(low)}: expected 0 or more")
         if self.steps < 0 or self.rows < 1 or self.accumulate < 1 or self.keep < 1:
             raise ValueError("rows, accumulate and keep: expected 1 or more each; steps 1 or more, or 0 with epochs")
         if self.rows % self.accumulate:
             raise ValueError(f"rows = {self.rows} cannot be cut into accumulate = {self.accumulate} equal parts")
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and the state has been saved; the same command goes on from there."""
+SAVE, STOP = 1, 2  # what may be asked of a run at a step
 
 
 def train(
@@ -52,76 +64,96 @@ def train(
     groups: Sequence[str],
     log: Callable[[int], Log],
     changes: Mapping[int, Callable[[TrainState], TrainState]] = MappingProxyType({}),
+    profile: Path | None = None,
 ) -> TrainState:
     """The state after the last step. `batches(step)` yields (batch, its count of tokens) from a step onwards.
 
     `changes` says what is done to the state before a step, counted from 1: rows of a vocabulary that begin there.
 
     The numbers of a step are fetched after the next one has been dispatched, so that the device never waits for
-    the host. Where a checkpoint exists, the run goes on from it.
+    the host. Where a checkpoint exists, the run goes on from it. All processes of a run save and stop at one step.
     """
-    newest = checkpoints.latest()
-    if newest is not None:
-        state = checkpoints.load(newest, state, marks)
+    state = checkpoints.newest(state, marks) or state
     start = int(state.step)
     if start > trainer.steps:
         raise ValueError(f"{checkpoints.folder} is at step {start}, beyond Trainer.steps = {trainer.steps}")
     if start == trainer.steps:
         return state
+    several = jax.process_count() > 1
     log_lines = log(start)
-    pending: tuple[int, Any, int] | None = None
-    saved_at = time.monotonic()
+    clock, trace = log_lines.clock, Profile(profile, start)
+    pending: tuple[int, Any, Any] | None = None
+    in_a_row, saved_at = 0, time.monotonic()
 
-    def write(waiting: tuple[int, Any, int]) -> None:
-        step, (sums, norm), tokens = waiting
-        values = numbers(fetch(sums), groups) | {"gradient_norm": float(norm)}
-        if not np.isfinite(values["loss"]) or not np.isfinite(values["gradient_norm"]):
-            raise FloatingPointError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the last good "
-                f"checkpoint is in {checkpoints.folder}. Lower Optimizer.learning_rate, or warm up for longer"
+    def settle(waiting: tuple[int, Any, Any]) -> int:
+        """Write down a step that was dispatched before; what was asked of the run until then."""
+        nonlocal in_a_row
+        step, batch, outcome = waiting
+        with clock.timed("device"):
+            sums, norm, facts = fetch(outcome)
+        good = bool(np.isfinite(sums.loss) and np.isfinite(norm))
+        values = numbers(sums, groups) | {"gradient_norm": float(norm)} if good else {"skipped": 1.0}
+        in_a_row = 0 if good else in_a_row + 1
+        log_lines.write(step, values, float(facts.tokens), float(facts.patches))
+        if in_a_row > trainer.bad_steps or log_lines.bad > trainer.bad_steps_in_all:
+            fault = FloatingPointError(
+                f"step {step}: loss {float(sums.loss)}, gradient norm {float(norm)}; {in_a_row} such steps in a row "
+                f"and {log_lines.bad} in all were skipped, where Trainer.bad_steps allows {trainer.bad_steps} and "
+                f"bad_steps_in_all {trainer.bad_steps_in_all}. Its batch is in {_keep_batch(log_lines, step, batch)}, "
+                f"the last good checkpoint in {checkpoints.folder}. Look at the batch, lower "
+                "Optimizer.learning_rate, warm up for longer, or let Trainer.bad_steps skip more"
             )
-        log_lines.write(step, values, tokens)
+            fault.add_note(TOLD)  # every process has these numbers
+            raise fault
+        return int(facts.flag)
 
     try:
-        with _stop_requests() as stop:
+        with signals.at_safe_points() as stop:
+
+            def asked(step: int) -> int:
+                if stop.is_set() or signals.noticed(step):
+                    return STOP
+                due = time.monotonic() - saved_at >= trainer.save_seconds
+                return SAVE if due and processes.is_first() else 0
+
             stream = batches(start)
             for step in range(start + 1, trainer.steps + 1):
-                batch, tokens = next(stream)
+                with clock.timed("data"):
+                    batch, _ = next(stream)
                 if step in changes:
                     state = changes[step](state)
+                trace.before(step, state)
                 state, sums, norm = update(state, frozen, batch, key)
-                if pending is not None:
-                    write(pending)
-                pending = (step, (sums, norm), tokens)
-                due = time.monotonic() - saved_at >= trainer.save_seconds
-                if stop.is_set() or due or step == trainer.steps:
-                    write(pending)  # a state with a loss that is not finite is never saved
+                wanted = asked(step)
+                outcome = sums, norm, measures.count(batch, wanted)
+                known = settle(pending) if pending is not None else 0
+                pending = (step, batch, outcome)
+                # Several processes act on what all of them know, which is what was asked at the step before.
+                wanted = known if several else wanted
+                permanent = trainer.keep_every and step % trainer.keep_every == 0
+                if wanted or permanent or step == trainer.steps:
+                    wanted = max(wanted, settle(pending))
                     pending = None
-                    checkpoints.save(state, marks, wait=stop.is_set() or step == trainer.steps)
+                    with clock.timed("checkpoint"):
+                        checkpoints.save(state, marks, wait=wanted == STOP or step == trainer.steps)
                     saved_at = time.monotonic()
-                if stop.is_set():  # at the last step too: the stages that follow are not to begin
+                if wanted == STOP:
                     raise Interrupted(f"saved at step {step} of {trainer.steps}")
+            # Asked since: the state is saved, and the stages that follow are not to begin.
+            signals.stop_together(stop, f"saved at step {trainer.steps} of {trainer.steps}")
     finally:
+        trace.close()
         log_lines.close()
     return state
 
 
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, so that a step ends and is saved; a second signal stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def request(number, frame):
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _keep_batch(log: Log, step: int, batch: Any) -> Path:
+    """The file that a batch was written to, its arrays named as the fields of `Batch`."""
+    path = log.path.with_name(f"bad_step_{step}.npz")
+    arrays = {
+        jax.tree_util.keystr(where, simple=True, separator="/"): array
+        for where, array in jax.tree.leaves_with_path(fetch(batch))
+    }
+    if processes.is_first():
+        np.savez(path, **arrays)
+    return path

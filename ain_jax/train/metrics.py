@@ -1,19 +1,37 @@
 """Sums and counts -> numbers -> the progress bar, JSON lines, TensorBoard."""
 
 import json
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from ain_jax.launching import processes
 from ain_jax.train.losses import Sums
+from ain_jax.train.measures import Clock, Work, peak_memory
 
-TIMES = ("tokens_per_second", "seconds")  # what differs between two equal runs
+# What differs between two equal runs, with every name that begins with "mfu/".
+TIMES = (
+    "step_seconds",
+    "tokens_per_second",
+    "targets_per_second",
+    "patches_per_second",
+    "goodput",
+    "compile_seconds",
+    "data_seconds",
+    "checkpoint_seconds",
+    "seconds",
+    "peak_memory_gib",
+)
+
+
+def is_time(name: str) -> bool:
+    """Whether a number of a line is one of the machine, and not of what was learnt."""
+    return name in TIMES or name.startswith("mfu/")
 
 
 def numbers(sums: Sums, groups: Sequence[str]) -> dict[str, float]:
@@ -36,49 +54,85 @@ def numbers(sums: Sums, groups: Sequence[str]) -> dict[str, float]:
 class Log:
     """The written record of one stage: `metrics.jsonl`, TensorBoard events, and a bar on the terminal.
 
-    A run that goes on from step n drops the lines after n first, so that no step stands twice.
+    A run that goes on from step n drops the lines after n first, so that no step stands twice. Of several processes
+    the first writes; the others keep count.
     """
 
-    def __init__(self, folder: Path, stage: str, steps: int, start: int, filled: float):
+    def __init__(self, folder: Path, stage: str, steps: int, start: int, filled: float, work: Work | None = None):
         self.path = folder / "metrics.jsonl"
-        self._keep_up_to(start)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.clock = Clock()
+        self._writes = processes.is_first()
+        self._filled, self._work = filled, work
         self._bar = tqdm(
-            total=steps, initial=start, desc=f"{stage:16}", unit="step", dynamic_ncols=True, mininterval=0.5
+            total=steps,
+            initial=start,
+            desc=f"{stage:16}",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not self._writes,
         )
-        self._filled, self._begun, self._tokens = filled, time.monotonic(), 0
-        self._first: float | None = None
+        self.bad = processes.of_first(lambda: self._keep_up_to(start))
+        if self._writes:
+            self._file = self.path.open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        if work is not None and self._writes:
+            tqdm.write(
+                f"{stage:16} MFU is a share of {work.peak / 1e12:,.6g} TFLOP/s: {work.peak_name}", file=sys.stderr
+            )
 
-    def _keep_up_to(self, step: int) -> None:
+    def _keep_up_to(self, step: int) -> int:
+        """How many of the steps that stay were skipped."""
         if not self.path.exists():
-            return
+            return 0
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         beside = self.path.with_suffix(".tmp")
         beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         beside.replace(self.path)
+        return sum("skipped" in json.loads(line) for line in kept)
 
-    def write(self, step: int, values: Mapping[str, float], tokens: int) -> None:
-        """Record step `step` (counted from 1), which took in `tokens` tokens that are not padding."""
-        seconds = time.monotonic() - self._begun
-        if self._first is None:  # the step that compiles is no measure of speed
-            self._first = seconds
-        else:
-            self._tokens += tokens
-        speed = self._tokens / max(seconds - self._first, 1e-9)
-        line = {"step": step, **{k: round(v, 6) for k, v in values.items()}, "filled": round(self._filled, 4)}
-        self._file.write(json.dumps({**line, "tokens_per_second": round(speed), "seconds": round(seconds, 2)}) + "\n")
+    def write(self, step: int, values: Mapping[str, float], tokens: float, patches: float = 0) -> None:
+        """Record step `step` (counted from 1), which took in so many tokens and patches that are not padding.
+
+        Of a step that was skipped there are no numbers: `values` holds those that are finite, and `skipped`.
+        """
+        self.bad += "skipped" in values
+        times = self.clock.step(tokens, values.get("targets", 0.0), patches)
+        if self._work is not None and times["step_seconds"]:
+            reached = {name: flops / times["step_seconds"] for name, flops in self._work.flops.items()}
+            times |= {f"mfu/{name}": flops / self._work.peak for name, flops in reached.items()}
+        if (peak := peak_memory()) is not None:
+            times["peak_memory_gib"] = peak / 2**30
+        if not self._writes:
+            return
+        numbers = {k: round(v, 6) for k, v in values.items()}
+        written = {name: _short(name, value) for name, value in times.items()}
+        self._file.write(json.dumps({"step": step, **numbers, "filled": round(self._filled, 4), **written}) + "\n")
         self._file.flush()
-        for name, value in values.items():
+        for name, value in (
+            *values.items(),
+            *((name if "/" in name else f"speed/{name}", times[name]) for name in times),
+        ):
             self._events.add_scalar(name, value, step)
-        shown = f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s, {self._filled:.1%} filled"
-        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.set_postfix_str(self._shown(values, times), refresh=False)
         self._bar.update(1)
+
+    def _shown(self, values: Mapping[str, float], times: Mapping[str, float]) -> str:
+        shown = [f"loss {values['loss']:.3f}" if "loss" in values else "skipped"]
+        shown += [f"{times['tokens_per_second']:,.0f} tokens/s", f"{self._filled:.1%} filled"]
+        shown += [f"{value:.1%} {name}" for name, value in times.items() if name.startswith("mfu/")]
+        shown += [f"{self.bad} skipped"] if self.bad else []
+        return ", ".join(shown)
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
+
+
+def _short(name: str, value: float) -> float:
+    return round(value) if name.endswith("_per_second") else round(value, 4)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -94,8 +148,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return np.inf
-
-
-def fetch(sums: Sums) -> Sums:
-    """The sums on the host; waits for the step that makes them."""
-    return jax.device_get(sums)

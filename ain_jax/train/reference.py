@@ -10,14 +10,15 @@ import jax
 import numpy as np
 
 from ain_jax.data.loader import Rows
+from ain_jax.launching import processes
 from ain_jax.train.losses import pair_log_probs
 
 
 def params_fingerprint(params: Any) -> str:
     """A digest of every parameter's bytes."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get(params)):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(processes.fetch(leaf)).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -29,15 +30,23 @@ def with_reference(
     The reference model is gone from memory afterwards: training holds the policy alone.
     """
     mark = f"{params_fingerprint(params)}/{rows.plan.fingerprint}"
-    if path.exists():
+    if processes.of_first(lambda: _mark(path) == mark):
         with np.load(path) as stored:
-            if str(stored["mark"]) == mark:
-                return dataclasses.replace(rows, reference_RN2=stored["reference_RN2"])
+            return dataclasses.replace(rows, reference_RN2=stored["reference_RN2"])
     score = jax.jit(lambda p, batch: pair_log_probs(model, p, batch)[0])
-    parts = [np.asarray(score(params, batch)) for batch, _ in batches(rows)]
+    parts = [processes.fetch(score(params, batch)) for batch, _ in batches(rows)]
     reference_RN2 = np.concatenate(parts)[: len(rows)]
-    beside = path.with_suffix(".tmp.npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(beside, reference_RN2=reference_RN2, mark=np.array(mark))
-    beside.replace(path)
+    if processes.is_first():
+        beside = path.with_suffix(".tmp.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(beside, reference_RN2=reference_RN2, mark=np.array(mark))
+        beside.replace(path)
     return dataclasses.replace(rows, reference_RN2=reference_RN2)
+
+
+def _mark(path: Path) -> str:
+    """What the stored values were made of; "" where none are."""
+    if not path.exists():
+        return ""
+    with np.load(path) as stored:
+        return str(stored["mark"])

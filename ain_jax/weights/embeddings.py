@@ -22,6 +22,7 @@ import scipy.sparse
 import tokenizers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ain_jax.launching import processes
 from ain_jax.models.config import ModelConfig
 from ain_jax.tokenizer.extend import padded_vocab
 from ain_jax.tokenizer.folder import Extension
@@ -203,7 +204,7 @@ def make_rows(
         shrink = settings.shrink if path == paths[-1] else 1.0
         # Another seed, else both tables would get the same noise.
         one = dataclasses.replace(settings, seed=settings.seed + number, shrink=shrink)
-        rows[path] = new_rows(np.asarray(flat[path])[:first], replaced_ids, one, weights)
+        rows[path] = new_rows(processes.fetch(flat[path])[:first], replaced_ids, one, weights)
     made: dict[str, Any] = unflatten_dict(rows)
     if corpus is None or (settings.method != "distil" and settings.lowered.rise is None):
         return made
@@ -227,7 +228,7 @@ def grow_tables(params: Mapping[str, Any], rows: Mapping[str, Any], first: int, 
     if wanted != made.keys():
         name = lambda paths: ", ".join(sorted("/".join(path) for path in paths)) or "none"
         raise ValueError(f"rows for {name(made)}, expected rows for {name(wanted)}: they were made for another model")
-    tables = {path: extend_rows(np.asarray(flat[path]), made[path], first, padded) for path in wanted}
+    tables = {path: extend_rows(processes.fetch(flat[path]), made[path], first, padded) for path in sorted(wanted)}
     return unflatten_dict(flat | tables)
 
 

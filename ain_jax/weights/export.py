@@ -119,6 +119,12 @@ def write_weights(
     return kept.name
 
 
+def read_weights(params: dict[str, Any], config: ModelConfig) -> None:
+    """Read each parameter as `write_weights` does and write none: what the other processes of a run do meanwhile."""
+    for _ in _arrays(list(placed(params, config)), sizes(config), None):
+        pass
+
+
 def placed(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[Place, Any]]:
     """Each published tensor's place and the parameter there, in the order of the table.
 
@@ -147,6 +153,8 @@ def _arrays(places: Iterable[tuple[Place, Any]], letters: dict[str, int], dtype:
         if place.path != held:
             array = np.zeros(0)  # gone before the next one comes
             held, array = place.path, np.asarray(leaf)
+        if dtype is None:
+            continue
         ours = array if place.layer is None else array[place.layer]
         yield np.ascontiguousarray(rearrange(ours, place.layout, letters, reverse=True)).astype(dtype, copy=False)
 

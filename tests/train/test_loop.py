@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ import worked
 
 from ain_jax.data import loader, pack_plan
 from ain_jax.data.packing import Packing
+from ain_jax.launching import signals
 from ain_jax.train import losses, metrics, optimizer, state
 from ain_jax.train.checkpoint import Checkpoints
 from ain_jax.train.loop import Interrupted, Trainer, train
@@ -37,10 +40,10 @@ class Run:
         loss = losses.next_token(worked.Bigram(), 1)
         self.update = make_update(loss, self.transform, optimizer.rate_tree(params, {}))
 
-    def go(self, folder, update=None, marks=MARKS, **trainer):
+    def go(self, folder, update=None, marks=MARKS, profile=None, **trainer):
         """The state that training in this folder ends with."""
         settings = Trainer(**({"steps": STEPS, "rows": 2, "save_seconds": 1e9} | trainer))
-        checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+        checkpoints = Checkpoints(folder / "checkpoints", settings.keep, settings.keep_every)
         try:
             return train(
                 update=update or self.update,
@@ -53,6 +56,7 @@ class Run:
                 marks=marks,
                 groups=self.rows.groups,
                 log=lambda start: metrics.Log(folder, "test", settings.steps, start, 0.9),
+                profile=profile,
             )
         finally:
             checkpoints.close()
@@ -84,7 +88,7 @@ def whole(run, tmp_path_factory):
 def numbers(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [{k: v for k, v in line.items() if k not in metrics.TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if not metrics.is_time(k)} for line in lines]
 
 
 def assert_as_whole(ended, folder, whole):
@@ -132,6 +136,28 @@ def test_interrupted_at_every_step(run, whole, tmp_path):
     assert_as_whole(run.go(tmp_path), tmp_path, whole)
 
 
+def test_asked_to_stop_at_any_moment(run, whole, tmp_path):
+    """Also while the stage begins, compiles, saves, or is on its way out."""
+    begun = time.monotonic()
+    run.go(tmp_path / "timed", save_seconds=0.0)
+    took, draws, stops = time.monotonic() - begun, np.random.default_rng(0), 0
+    for trial in range(12):
+        folder = tmp_path / str(trial)
+        asked = threading.Timer(draws.uniform(0.0, took), os.kill, (os.getpid(), signal.SIGTERM))
+        try:
+            with signals.at_once():
+                asked.start()
+                try:
+                    run.go(folder, save_seconds=0.0)
+                finally:
+                    asked.cancel()
+                    asked.join()
+        except KeyboardInterrupt:
+            stops += 1
+        assert_as_whole(run.go(folder), folder, whole)
+    assert stops > 2
+
+
 class Killed(BaseException):
     pass
 
@@ -164,19 +190,96 @@ def test_a_second_signal_stops_at_once(run, tmp_path):
     checkpoints.close()
 
 
-def test_a_state_that_is_not_finite_is_never_saved(run, tmp_path):
-    def spoil(result):
-        after, sums, norm = result
-        return after, sums, norm * np.nan
+def poisoned(run, *steps):
+    """The update, whose loss is not a number at these steps: the model's own output is what spoils it."""
+    loss = losses.next_token(worked.Bigram(), 1)
 
-    with pytest.raises(
-        FloatingPointError, match=r"step 4: loss [\d.]+, gradient norm nan; .* Lower Optimizer.learning_rate"
-    ):
-        run.go(tmp_path, run.at(4, spoil), save_seconds=0.0)
+    def spoilt(params, frozen, batch, key):
+        sums = loss(params, {}, batch, key)
+        return dataclasses.replace(sums, loss=sums.loss * frozen["factor"])
+
+    inner = make_update(spoilt, run.transform, optimizer.rate_tree(worked.table(seed=1), {}), skip_bad=True)
+
+    def update(before, frozen, batch, key):
+        factor = np.float32(np.nan if int(before.step) + 1 in steps else 1.0)
+        return inner(before, {"factor": factor}, batch, key)
+
+    return update
+
+
+def test_bad_steps_change_nothing_and_are_counted(run, tmp_path):
+    seen = {}
+    update = poisoned(run, 2, 3, 5)
+
+    def watched(before, *rest):
+        number = int(before.step) + 1
+        seen[number] = jax.tree.map(np.array, before)
+        return update(before, *rest)
+
+    ended = run.go(tmp_path, watched, bad_steps=4)
+    same = lambda a, b: all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(jax.tree.leaves((a.params, a.opt_state)), jax.tree.leaves((b.params, b.opt_state)), strict=True)
+    )
+    assert int(ended.step) == STEPS
+    assert same(seen[2], seen[3]) and same(seen[3], seen[4]) and same(seen[5], seen[6])
+    assert not same(seen[1], seen[2]) and not same(seen[4], seen[5])
+    lines = numbers(tmp_path)
+    assert [line["step"] for line in lines if "skipped" in line] == [2, 3, 5]
+    assert all(("loss" in line) != ("skipped" in line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("bad", "limits", "at"),
+    [
+        ((4,), {"bad_steps": 0}, 4),
+        ((2, 3, 4), {"bad_steps": 2}, 4),
+        ((1, 3, 5), {"bad_steps": 4, "bad_steps_in_all": 2}, 5),
+    ],
+)
+def test_too_many_bad_steps_stop_the_run_and_keep_the_batch(run, tmp_path, bad, limits, at):
+    with pytest.raises(FloatingPointError, match=rf"step {at}: loss nan, .*lower Optimizer.learning_rate") as stop:
+        run.go(tmp_path, poisoned(run, *bad), save_seconds=1e9, **limits)
+    path = tmp_path / f"bad_step_{at}.npz"
+    assert str(path) in str(stop.value)
+    expected = {step: batch for step, (batch, _) in enumerate(loader.batches(run.rows, 2, None), start=1)}[at]
+    with np.load(path) as kept:
+        np.testing.assert_array_equal(kept["tokens_BL"], np.asarray(expected.tokens_BL))
+    assert len(numbers(tmp_path)) == at
+
+
+def test_bad_steps_of_an_earlier_part_of_the_run_are_counted(run, tmp_path):
+    update = poisoned(run, 1, 3, 5)
+
+    def stopped(before, *rest):
+        if int(before.step) + 1 == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(before, *rest)
+
+    with pytest.raises(Interrupted):
+        run.go(tmp_path, stopped, bad_steps=4, bad_steps_in_all=2)
+    with pytest.raises(FloatingPointError, match="step 5: .* 3 in all were skipped"):
+        run.go(tmp_path, update, bad_steps=4, bad_steps_in_all=2)
+
+
+def test_a_profile_is_taken_and_changes_nothing(run, whole, tmp_path, capsys):
+    assert_as_whole(run.go(tmp_path, profile=tmp_path / "profile"), tmp_path, whole)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000 and f"profile  {tmp_path / 'profile'}" in capsys.readouterr().err
+    run.go(tmp_path / "short", profile=tmp_path / "none", steps=3)
+    assert not (tmp_path / "none").exists() and "the stage ended before its step 6" in capsys.readouterr().err
+
+
+def test_permanent_checkpoints_stay(run, whole, tmp_path):
+    assert_as_whole(run.go(tmp_path, save_seconds=0.0, keep=1, keep_every=2), tmp_path, whole)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    assert checkpoints.latest() == 3
+    assert checkpoints.steps() == [2, 4, 6]
     checkpoints.close()
-    assert len(numbers(tmp_path)) == 3
+    lone = tmp_path / "lone"
+    run.go(lone, keep=1, keep_every=4)
+    checkpoints = Checkpoints(lone / "checkpoints")
+    assert checkpoints.steps() == [4, 6]  # no time has passed: saved for its number alone
+    checkpoints.close()
 
 
 def test_changed_data_and_shortened_runs_are_refused(run, tmp_path):
@@ -190,6 +293,8 @@ def test_changed_data_and_shortened_runs_are_refused(run, tmp_path):
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="rows = 6 cannot be cut into accumulate = 4 equal parts"):
         Trainer(steps=1, rows=6, accumulate=4)
+    with pytest.raises(ValueError, match="keep_every = -1, bad_steps = -2: expected 0 or more"):
+        Trainer(steps=1, keep_every=-1, bad_steps=-2)
     for wrong in ({"steps": -1}, {"steps": 1, "rows": 0}, {"steps": 1, "keep": 0}):
         with pytest.raises(ValueError, match="expected 1 or more each"):
             Trainer(**wrong)

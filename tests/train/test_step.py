@@ -11,8 +11,9 @@ import worked
 from ain_jax.data.packing import Packing
 from ain_jax.models.multimodal import MultimodalModel, init_params
 from ain_jax.train import losses, optimizer, state
+from ain_jax.train.checkpoint import Checkpoints
 from ain_jax.train.optimizer import Optimizer, path_name
-from ain_jax.train.step import make_update
+from ain_jax.train.step import make_update, rounded
 
 TEXT = Packing(row_tokens=24, row_targets=24)
 ROWS = worked.examples([worked.example(i, 1 + 2 * i, group=("ar", "en")[i % 2]) for i in range(8)])
@@ -115,3 +116,54 @@ def test_the_key_follows_the_step_and_the_part():
     update(again, {}, batch, jax.random.key(0))
     jax.effects_barrier()
     assert sorted(seen[4:]) == sorted(seen[:2])
+
+
+def test_rounding_goes_up_as_often_as_keeps_the_mean():
+    step = 2.0**-7  # of bfloat16 between 1 and 2
+    for value, share in ((1.0 + 0.128 * step, 0.128), (-1.0 - 0.75 * step, 0.75), (1.0, 0.0), (1.0 + step, 1.0)):
+        x = jnp.full((200_000,), value, jnp.float32)
+        found = np.asarray(jax.jit(rounded, static_argnums=1)(x, jnp.bfloat16, jax.random.key(3)), np.float64)
+        lower, upper = np.sign(value), np.sign(value) * (1 + step)
+        assert set(np.unique(found)) <= {lower, upper}
+        deviation = (share * (1 - share) / x.size) ** 0.5
+        assert abs((found == upper).mean() - share) <= 4 * deviation + 1e-9
+    odd = rounded(jnp.array([jnp.inf, -jnp.inf, jnp.nan, 0.0], jnp.float32), jnp.bfloat16, jax.random.key(0))
+    assert odd[:2].tolist() == [jnp.inf, -jnp.inf] and jnp.isnan(odd[2]) and odd[3] == 0
+    with pytest.raises(ValueError, match="parameters of float16, updates of float32: expected bfloat16 and float32"):
+        rounded(jnp.ones(2), jnp.float16, jax.random.key(0))
+
+
+def slope(params, frozen, batch, key):
+    """A loss whose gradient is each row's number, for every entry of w."""
+    del frozen, key
+    return losses.Sums((params["w"].astype(jnp.float32) * batch["row"].sum()).sum(), jnp.float32(1), {})
+
+
+def test_updates_too_small_for_bfloat16_add_up_and_a_resumed_run_has_the_same_bits(tmp_path):
+    # 40 steps of 1e-4 from 1: to the nearest, none would move it (half a step of bfloat16 below 1 is 2e-3)
+    params, batch = {"w": jnp.ones((40_000,), jnp.bfloat16)}, {"row": jnp.ones(2)}
+    update, begun = made(slope, params, Optimizer(1e-4, schedule="flat", clip=0.0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(begun.opt_state) if leaf.ndim} == {jnp.dtype("float32")}
+    checkpoints, now = Checkpoints(tmp_path), begun
+    for _ in range(40):
+        now, _, _ = update(now, {}, batch, jax.random.key(0))
+        if int(now.step) == 20:
+            checkpoints.save(now, {}, wait=True)
+    w = np.asarray(now.params["w"], np.float64)
+    assert now.params["w"].dtype == jnp.bfloat16
+    # Each entry is a sum of 40 draws, each of variance step^2 p (1 - p), p = 1e-4 / step.
+    step = 2.0**-8
+    deviation = (40 * step * 1e-4 * (1 - 1e-4 / step) / w.size) ** 0.5
+    assert w.mean() == pytest.approx(1 - 40e-4, abs=5 * deviation)
+    again = checkpoints.load(20, jax.tree.map(jnp.zeros_like, now), {})
+    checkpoints.close()
+    for _ in range(20):
+        again, _, _ = update(again, {}, batch, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), now, again)
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
+    # 256 + 7 times 1 is 256 in bfloat16, whose steps there are of 2
+    update, begun = made(slope, {"w": jnp.ones((), jnp.bfloat16)}, Optimizer(0.1), accumulate=8)
+    _, _, norm = update(begun, {}, {"row": jnp.array([256.0, 1, 1, 1, 1, 1, 1, 1])}, jax.random.key(0))
+    assert float(norm) == 263 / 8  # the mean of eight
