@@ -1,0 +1,95 @@
+"""What a plan compiles is what the loop runs: the lowered text of both, on real data."""
+
+import json
+
+import jax
+import pytest
+from PIL import Image
+
+from ain_jax import run
+from ain_jax.data.images import ImageSettings
+from ain_jax.experiment import read_bindings, resolve
+from ain_jax.models.config import ModelConfig, tiny
+from ain_jax.models.multimodal import init_params
+from ain_jax.plan import compile as compiler
+from ain_jax.plan.planned import planned
+from ain_jax.stages import registry, training
+from ain_jax.tokenizer.extend import padded_vocab
+from ain_jax.weights.export import export_folder
+
+EXPERIMENT = """
+Experiment.name = "planned"
+Experiment.stages = ("{stage}",)
+Model.folder = "{folder}/model"
+Packing.row_tokens = 96
+Packing.row_patches = 64
+Optimizer.learning_rate = 0.01
+Optimizer.rates = {rates}
+Trainer.steps = 2
+Trainer.rows = 2
+Trainer.accumulate = {accumulate}
+Sources.files = {{"talks": "{folder}/talks.jsonl", "pairs": "{folder}/pairs.jsonl"}}
+Sources.workers = 1
+instruct/Mixture.weights = {{"talks": 1.0}}
+prefer/Mixture.weights = {{"pairs": 1.0}}
+Lora.rank = {rank}
+"""
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tokenizer_folder, tmp_path_factory):
+    """A small Qwen2-VL as its makers would publish it, and a few conversations and pairs."""
+    root, token = tmp_path_factory.mktemp("planned"), tokenizer.convert_tokens_to_ids
+    ids = {f"{name}_token_id": token(f"<|{text}|>") for name, text in {"image": "image_pad", "eos": "im_end"}.items()}
+    ids |= {f"{name}_token_id": token(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    small = tiny(vocabulary=padded_vocab(len(tokenizer), 64))
+    config = ModelConfig(small.text, small.vision, video_token_id=token("<|video_pad|>"), **ids)
+    images = ImageSettings(patch_size=4, min_pixels=64, max_pixels=1024)
+    export_folder(init_params(config, jax.random.key(0)), config, tokenizer_folder, images, root / "model")
+    Image.new("RGB", (16, 24), "red").save(root / "red.png")
+    talk = lambda ask, say: [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]
+    talks = [{"messages": talk(f"كم {n}؟", f"هذه {n}")} for n in range(8)]
+    talks.append({"messages": talk("<image>ما هذا؟", "أحمر"), "images": ["red.png"]})
+    pairs = [{"messages": talk(f"كم {n}؟", f"هذه {n}"), "rejected": "لا"} for n in range(8)]
+    for name, lines in (("talks", talks), ("pairs", pairs)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return root
+
+
+def lowered(folder, tmp_path, monkeypatch, stage, rank=0, rates="{}", accumulate=1):
+    """(the loop's text, the plan's text) of the same experiment."""
+    file, found = tmp_path / "planned.gin", {}
+    text = EXPERIMENT.format(stage=stage, folder=folder, rank=rank, rates=rates, accumulate=accumulate)
+    file.write_text(text, encoding="utf-8")
+
+    def stopped(*, update, state, frozen, batches, key, groups, **rest):
+        batch, _ = next(batches(0))
+        found.update(text=update.lower(state, frozen, batch, key).as_text(), groups=len(groups))
+        raise Stop
+
+    monkeypatch.setattr(training, "train", stopped)
+    with pytest.raises(Stop):
+        run.main(["--exp", str(file), "--run_dir", str(tmp_path / "run")])
+    resolved = resolve(read_bindings(file), registry.SETTINGS)
+    made = planned(resolved, tmp_path / "run", stage, jax.devices())
+    traced, _ = compiler.trace(made, found["groups"])
+    with jax.set_mesh(made.mesh):
+        return found["text"], traced.lower().as_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("instruct", {}),
+        ("instruct", {"rank": 2, "accumulate": 2}),
+        ("prefer", {"rates": '{"visual": 0.0}'}),
+    ],
+)
+def test_lowers_what_the_loop_runs(folder, tmp_path, monkeypatch, stage, more):
+    loop, plan = lowered(folder, tmp_path, monkeypatch, stage, **more)
+    assert len(loop) > 50_000
+    assert loop == plan
