@@ -1,6 +1,6 @@
 """Rows, tokens and pictures a second and core, from files to batches: ours beside the Hugging Face way.
 
-    python benchmarks/data.py [--rows 3000] [--pictures 240] [--rounds 3] [--json FILE]
+    python benchmarks/data.py [--rows 3000] [--pictures 240] [--rounds 3] [--workers 1 2] [--json FILE]
 
 Ours: records -> tokenised -> planned -> packed rows on the host. Theirs: the conversation through the tokenizer's
 `apply_chat_template` with its own mask of what the assistant says, pictures through transformers' image processor of
@@ -9,14 +9,20 @@ row and sets labels. Both read the same files with the same tokenizer, in one pr
 processor time is counted, which stays true beside other work. The files are drawn here from the sample's handbook,
 always the same.
 
-Ours is counted twice: with everything from the records on, as the first epoch has it, and laid from the tokenised
-columns, as every later epoch and every restart have it. Theirs tokenises in every epoch. Before it, once for all runs,
-ours turns the files into records and opens every picture; the seconds of that are told below the table.
+Ours is counted in three ways: the first epoch alone, with everything from the records on (tokenised, planned, laid); a
+later epoch, laid from the tokenised columns, as every restart has it too; and a run of three epochs, a first and two
+later ones. Theirs renders and tokenises in every epoch, as a collator does it that is given conversations; who maps a
+set to ids beforehand pays for it once as well. Most of either first epoch is the same call of the same tokenizer, so
+that little can be gained there. Before it, once for all runs, ours turns the files into records and opens every
+picture; the seconds of that are told below the table.
+
+Pictures are then laid by worker processes (Loader.workers), in seconds on the clock from the first batch to the last:
+true only where the machine has that many cores to spare.
 
 How many steps that feeds: FLOPs of a step = 6 x parameters x tokens of the step (forward and backward of the matrix
 products; attention and the image encoder are left out, which makes a device seem quicker than it is); a device takes
-FLOPs / (peak x utilisation) seconds. Peaks, dense bfloat16: H200 989 TFLOP/s (NVIDIA's data sheet), TPU v5p 459 TFLOP/s
-(Google Cloud's documentation).
+FLOPs / (peak x utilisation) seconds. Peaks, dense bfloat16: TPU v5p 459 TFLOP/s (https://cloud.google.com/tpu/docs/v5p);
+H200 SXM 989 TFLOP/s, half of the 1,979 with sparsity that NVIDIA tells of it.
 """
 
 import argparse
@@ -39,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ain_jax import sample
-from ain_jax.data import formats, images, pack_plan
+from ain_jax.data import formats, images, pack_plan, workers
 from ain_jax.data.builders.files import Sources, build
 from ain_jax.data.builders.records import Records
 from ain_jax.data.builders.sample_records import KINDS, SampleParams
@@ -49,7 +55,7 @@ from ain_jax.data.rows import Rows, Steps
 from ain_jax.tokenizer.chat import load_tokenizer
 from ain_jax.tokenizer.extend import extend
 
-ROW_TOKENS, BATCH = 4096, 8
+ROW_TOKENS, BATCH, EPOCHS = 4096, 8, 3
 PARAMETERS, UTILISATION = 7.6e9, 0.4  # a 7B model; the share of the peak that training reaches
 PEAKS = {"H200": 989e12, "v5p": 459e12}
 SIDES = ((320, 240), (640, 480), (1024, 683), (768, 1024), (1240, 1754), (224, 224))  # pixels, photographs and a page
@@ -108,7 +114,7 @@ class Ours:
     """Files -> packed batches on the host."""
 
     def __init__(self, path: Path, tokenizer: Any, pictures: bool):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.folder = tokenizer, path.parent
         start = time.perf_counter()
         sources = Sources({path.stem: str(path)}, workers=1)
         self.records = Records(build(path.stem, sources, path.parent / "records", progress=False), "train")
@@ -119,16 +125,26 @@ class Ours:
         self.rows: Rows | None = None
 
     def whole(self) -> Iterator[dict[str, np.ndarray]]:
-        with tempfile.TemporaryDirectory() as folder:
-            made = tokenise(self.records, "b", self.tokenizer, self.images, ROW_TOKENS, "", Path(folder), self.packing)
-            plan = pack_plan.plan({"b": made}, None, self.packing, None, 0, Path(folder) / "plan")
-            self.rows = Rows(plan, [made], self.packing, self.image_token, self.images)
-            yield from self.laid()
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        made = tokenise(self.records, "b", self.tokenizer, self.images, ROW_TOKENS, "", folder, self.packing)
+        plan = pack_plan.plan({"b": made}, None, self.packing, None, 0, folder / "plan")
+        self.rows = Rows(plan, [made], self.packing, self.image_token, self.images)
+        yield from self.laid()
 
     def laid(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self.steps[step] for step in range(len(self.steps)))
+
+    @property
+    def steps(self) -> Steps:
         assert self.rows is not None, "whole() makes the rows"
-        steps = Steps(self.rows, BATCH, tuple(range(BATCH)))
-        return (steps[step] for step in range(len(steps)))
+        return Steps(self.rows, BATCH, tuple(range(BATCH)))
+
+    def by_workers(self, count: int) -> float:
+        """Batches a second on the clock, once the workers are there; 0: this process alone."""
+        made = workers.in_order(self.steps, range(len(self.steps)), count) if count else self.laid()
+        next(made)
+        start, batches = time.perf_counter(), sum(1 for _ in made)
+        return batches / (time.perf_counter() - start)
 
     @staticmethod
     def useful(batch: dict[str, np.ndarray]) -> tuple[int, int]:
@@ -208,28 +224,34 @@ def counted(run: Callable[[], Iterator[dict[str, np.ndarray]]], useful: Callable
         batches, tokens, places = batches + 1, tokens + filled, places + size
 
 
-def measure(name: str, path: Path, folder: Path, tokenizer: Any, rounds: int, pictures: int) -> list[dict[str, Any]]:
-    """The three ways on one file, in turn."""
+def measure(
+    name: str, path: Path, folder: Path, tokenizer: Any, rounds: int, pictures: int, tried: list[int]
+) -> list[dict[str, Any]]:
+    """The ways on one file, in turn, and workers of each number that is to be tried."""
     count = len(path.read_bytes().splitlines())
     ours, theirs = Ours(path, tokenizer, bool(pictures)), Theirs(path, folder)
     ways = {
         "Hugging Face": (theirs.whole, theirs.useful),
-        "ours": (ours.whole, ours.useful),
-        "ours, tokenised before": (ours.laid, ours.useful),
+        "ours, first epoch": (ours.whole, ours.useful),
+        "ours, later epoch": (ours.laid, ours.useful),
     }
+    whole = f"ours, {EPOCHS} epochs of a run"
     found: dict[str, list[tuple[float, int, int, int]]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, (run, useful) in ways.items():
             found[way].append(counted(run, useful))
-    base = statistics.median(spent for spent, *_ in found["Hugging Face"])
     lines = []
+    middle = {way: statistics.median(s for s, *_ in passes) for way, passes in found.items()}
+    first, later = middle["ours, first epoch"], middle["ours, later epoch"]
+    middle[whole], found[whole] = (first + (EPOCHS - 1) * later) / EPOCHS, found["ours, later epoch"]
+    speeds = {count: ours.by_workers(count) for count in (0, *tried)} if pictures and tried else {}
     for way, passes in found.items():
-        spent = statistics.median(s for s, *_ in passes)
+        spent = middle[way]
         _, batches, tokens, places = passes[-1]
         in_a_batch = tokens / batches if way == "Hugging Face" else tokens / places * ROW_TOKENS * BATCH
-        line = {"data": name, "way": way, "conversion_seconds": ours.seconds,
+        line = {"data": name, "way": way, "conversion_seconds": ours.seconds, "batches_per_second_by_workers": speeds,
                 "rows_per_second": count / spent, "tokens_per_second": tokens / spent,
-                "pictures_per_second": pictures / spent, "times_theirs": base / spent,
+                "pictures_per_second": pictures / spent, "times_theirs": middle["Hugging Face"] / spent,
                 "useful_per_batch": in_a_batch, "useful_share": tokens / places}  # fmt: skip
         for device, peak in PEAKS.items():
             step_tokens = ROW_TOKENS * BATCH
@@ -245,6 +267,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3000, help="text conversations")
     parser.add_argument("--pictures", type=int, default=240, help="conversations with pictures")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="*", default=[], help="numbers of workers to try on pictures")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -254,9 +277,12 @@ def main() -> None:
         write_text(text, asked.rows)
         write_pictures(seen, asked.pictures)
         pictures = sum(len(json.loads(line)["images"]) for line in seen.read_text("utf-8").splitlines())
-        lines = measure("text", text, folder, tokenizer, asked.rounds, 0)
-        lines += measure("pictures", seen, folder, tokenizer, asked.rounds, pictures)
-    title = f"of one core, medians of {asked.rounds}; a batch is {BATCH} rows, ours of {ROW_TOKENS:,} tokens"
+        lines = measure("text", text, folder, tokenizer, asked.rounds, 0, [])
+        lines += measure("pictures", seen, folder, tokenizer, asked.rounds, pictures, asked.workers)
+    title = (
+        f"a second of one core (processor time), mean of the epochs, medians of {asked.rounds}; "
+        f"a batch is {BATCH} rows, ours of {ROW_TOKENS:,} tokens"
+    )
     table = Table("data", "way", title=title)
     for column in ("rows/s", "tokens/s", "pictures/s", "times theirs", "useful tokens a batch", "useful share",
                    "H200 fed", "v5p fed"):  # fmt: skip
@@ -275,6 +301,11 @@ def main() -> None:
           "keeps busy.")  # fmt: skip
     told = {line["data"]: line["conversion_seconds"] for line in lines}
     print("files to records, once: " + ", ".join(f"{data} {seconds:.1f} s" for data, seconds in told.items()))
+    for count, speed in lines[-1]["batches_per_second_by_workers"].items():
+        alone = lines[-1]["batches_per_second_by_workers"][0]
+        print(
+            f"pictures, {count} workers: {speed:.2f} batches a second on the clock, {speed / alone:.2f} times without"
+        )
     if asked.json:
         asked.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
 
