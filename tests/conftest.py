@@ -16,6 +16,16 @@ import pytest
 from ain_jax import sample
 from ain_jax.data.builders.sample_records import SampleParams
 
+# Files that take minutes: begun first, so that no process works on one while the others have nothing left to do.
+LONG = (
+    "test_whole_run.py",
+    "test_tpu.py",
+    "test_sharding.py",
+    "test_processes.py",
+    "test_published_folder.py",
+    "test_extended_folder.py",
+)
+
 TEXTS = ["ما هذه الكلمة؟ هذه الكلمة هي الحرية", "اقرأ الكلمة", "هذه هي الحرية"] * 2
 
 
@@ -26,6 +36,10 @@ def pytest_configure(config):
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture
