@@ -171,9 +171,8 @@ def run(resolved: Resolved, root: Path, only: str | None = None, profile: bool =
         try:
             numbers = registry.RUN[resolved.experiment.kind(stage)](registry.StageRun(resolved, root, stage, profile))
         except BaseException:
-            if here.is_dir() and [p.name for p in here.iterdir()] == [
-                "config.gin"
-            ]:  # refused before it began: nothing holds it to that
+            # Refused before it began: nothing holds it to these settings.
+            if here.is_dir() and [p.name for p in here.iterdir()] == ["config.gin"]:
                 (here / "config.gin").unlink(missing_ok=True)
             raise
         seconds = time.monotonic() - began

@@ -58,7 +58,7 @@ RUN: Mapping[str, Callable[[StageRun], dict[str, Any]]] = {
 
 # Of the stages that train: their loss, reported by so many groups.
 LOSS: Mapping[str, Callable[[StageRun, int], Loss]] = {
-    "pretrain": pretrain.loss,
-    "instruct": instruct.loss,
+    "pretrain": training.next_token,
+    "instruct": training.next_token,
     "prefer": prefer.loss,
 }
