@@ -17,6 +17,7 @@ from ain_jax.data.packing import Packing, lay_row
 from ain_jax.data.tiles import TileSettings
 from ain_jax.models.multimodal import MultimodalModel
 from ain_jax.train import losses
+from ain_jax.train.preferences import Preference, preference
 
 FAMILIES = {
     "qwen2_vl": families.QWENS["untied"],
@@ -101,7 +102,7 @@ def test_packed_conversations_and_pairs_learn_as_they_do_alone(name):
     tokens, patches, _ = source.sizes()[:3].sum(axis=0).tolist()
     packing = Packing(row_tokens=-(-tokens // 16) * 16, row_patches=-(-patches // 16) * 16, row_targets=64)
     model = MultimodalModel(config)
-    losses_of = losses.next_token(model, 2), losses.preference(model, 2, beta=0.3)
+    losses_of = losses.next_token(model, 2), preference(model, 2, Preference(beta=0.3))
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)

@@ -10,7 +10,8 @@ import worked
 
 from ain_jax.data import loader, pack_plan
 from ain_jax.data.packing import Packing
-from ain_jax.train import losses, reference
+from ain_jax.train import reference
+from ain_jax.train.preferences import Preference, preference
 
 PACKING = Packing(row_tokens=48, row_patches=32, row_targets=48)
 
@@ -19,7 +20,7 @@ PACKING = Packing(row_tokens=48, row_patches=32, row_targets=48)
 def rows(tmp_path):
     source = worked.examples([worked.example(i, 2 + i, pair=True, group=("a", "b")[i % 2]) for i in range(7)], "pairs")
     plan = pack_plan.plan({"pairs": source}, None, PACKING, None, 0, tmp_path / "plan.npz")
-    return loader.Rows(plan, [source], PACKING, worked.PICTURE, worked.IMAGES, pairs=True)
+    return loader.Rows(plan, [source], PACKING, worked.PICTURE, worked.IMAGES, answers="pair")
 
 
 def batches(rows):
@@ -37,7 +38,7 @@ def test_filled_in_it_is_what_the_policy_says_and_the_loss_begins_at_log_2(rows,
                 steps = zip(made.tokens_L, made.tokens_L[1:], made.learn_L[1:], strict=False)
                 expected = sum(logs[a, b] for a, b, learnt in steps if learnt)
                 assert filled.reference_RN2[r, n, which] == pytest.approx(expected, abs=1e-4)
-    loss = losses.preference(worked.Bigram(), 2, 0.1)
+    loss = preference(worked.Bigram(), 2, Preference(beta=0.1))
     score = jax.jit(lambda batch: loss(params, {}, batch, None))
     sums = [score(batch) for batch, _ in batches(filled)]
     assert sum(float(s.count) for s in sums) == 7  # the last batch is filled up with rows that count nothing
