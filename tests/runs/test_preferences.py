@@ -145,11 +145,10 @@ def test_with_adapters_the_reference_is_the_base_alone(finished, folder):
     ],
 )  # fmt: skip
 def test_what_a_loss_would_ignore_or_cannot_read_is_refused(folder, tmp_path, capsys, binding, told):
-    stage = binding.partition("/")[0] if "/" in binding else "prefer"
-    wanted = [
-        line for line in EXPERIMENT.splitlines()
-        if line.partition("/")[0] in (stage, line) and not line.startswith(("Experiment", binding.split(" =")[0]))
-    ]  # fmt: skip
+    stages = ("prefer", "ipo", "simpo", "kto")
+    stage = next((name for name in stages if binding.startswith(f"{name}/")), "prefer")
+    others = ("Experiment.", *(f"{name}/" for name in stages if name != stage), binding.partition(" =")[0])
+    wanted = [line for line in EXPERIMENT.splitlines() if not line.startswith(others)]
     wanted += ['Experiment.name = "one"', f'Experiment.stages = ("{stage}",)', binding]
     wanted += [] if stage == "prefer" else [f'Experiment.kinds = {{"{stage}": "prefer"}}']
     assert go(tmp_path, "\n".join(wanted).replace("FOLDER", str(folder))) == 1
