@@ -54,7 +54,7 @@ def trace(run: PlannedRun, groups: int = 0, steps: int = 0) -> tuple[Any, traini
     # Before the mesh is set: under one of described devices nothing can be computed, only traced.
     loss = registry.LOSS[kind](run, groups or len(run.get(Mixture).weights))
     made = training.make_step(run, loss, steps or steps_of(run) or 1)
-    batch, key = run.batch(kind == "prefer"), jax.eval_shape(lambda: jax.random.key(0))
+    batch, key = run.batch(), jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(run.mesh):
         return made.update.trace(made.state, made.frozen, batch, key), made
 
@@ -164,7 +164,7 @@ def compile_stage(resolved: Resolved, root: Path, stage: str, slices: Slices) ->
     memory = Memory(
         parameters=_bytes((state.params, made.frozen)),
         optimizer=_bytes(state.opt_state),
-        batch=_bytes(run.batch(resolved.experiment.kind(stage) == "prefer")),
+        batch=_bytes(run.batch()),
         arguments=analysis.argument_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,

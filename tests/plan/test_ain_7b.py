@@ -28,7 +28,7 @@ def test_needs_neither_weights_nor_data(tmp_path):
     run = planned(made, tmp_path, "instruct", jax.devices())
     assert run.config == qwen2_vl_7b()
     assert sum(leaf.size for leaf in jax.tree.leaves(run.layout())) == 8_291_375_616
-    batch = run.batch(pairs=False)
+    batch = run.batch()
     assert batch.tokens_BL.shape == (64, 2048) and batch.patches_BPK.shape == (64, 5376, 3 * 2 * 14 * 14)
     assert compiler.steps_of(run) == 16_785  # 2.2e9 tokens in batches of 131,072
     assert run.model.longest_image == 262_144 // 14**2
