@@ -91,7 +91,9 @@ def plot(stage: str, lines: Sequence[Mapping[str, Any]]) -> Plot | None:
         return None
     steps = int(lines[-1]["step"])
     window = max(1, steps // 25)
-    unit = "nats per pair" if any("margin" in line for line in lines) else "nats per token"
+    told = {name for line in lines for name in line}
+    unit = "nats per pair" if "margin" in told else "nats per token"
+    unit = "loss per judged answer" if "baseline" in told else unit
     looks = _looks([name for name in names if name != "loss"])
     series = []
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 10, "font.family": "sans-serif"}

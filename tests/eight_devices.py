@@ -46,7 +46,7 @@ CHOSEN: list[tuple[str, str, dict[str, Any]]] = [
     ("pictures", "fsdp x sequence x tensor", {"remat": "offload_minimal"}),
     ("tiles", "sequence x tensor", {}),
     ("windows", "fsdp x sequence", {"accumulate": 2}),
-    ("pairs and adapters", "data x fsdp x tensor", {}),
+    ("judged and adapters", "data x fsdp x tensor", {}),
 ]
 
 

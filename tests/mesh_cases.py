@@ -33,7 +33,7 @@ class Case:
     config: ModelConfig
     batch: Any
     settings: optimizer.Optimizer
-    pairs: bool = False
+    preference: Preference | None = None
     adapters: bool = False
     remat: str = "none"
     accumulate: int = 1
@@ -46,7 +46,7 @@ class Case:
         layout = sharding.layout(names, multimodal.abstract_params(self.config, self.param_dtype), mesh)
         params = multimodal.init_params(self.config, jax.random.key(0), layout)
         model = multimodal.MultimodalModel(self.config, self.dtype, self.remat)
-        loss = preference(model, 2, Preference(beta=0.5, sft=1.0)) if self.pairs else losses.next_token(model, 2)
+        loss = preference(model, 2, self.preference) if self.preference else losses.next_token(model, 2)
         if not self.adapters:
             return params, {}, loss
         drawn = lora.init(LORA, self.config, jax.random.key(1))
@@ -174,6 +174,16 @@ def _pictures(pairs: bool = False) -> Any:
     return worked.batch([[*worked.segments(source, i)] for i in range(ROWS)])
 
 
+def _judged() -> Any:
+    """The same, a verdict on each. The reference is near the policy, and elsewhere the less so the later the row: the
+    baseline is above 0, and that of a device's own rows would be another."""
+    own, elsewhere = (-7, -30, -29, -31, -15, -33, -12, -20), (-27, -27, -33, -18, -6, -21, -19, -21)
+    reference_B2 = np.array([(near, far + 1 - row) for row, (near, far) in enumerate(zip(own, elsewhere, strict=True))])
+    reference_BN2 = reference_B2[:, None].astype(np.float32)
+    good_BN = np.arange(ROWS, dtype=np.int32)[:, None] % 2
+    return dataclasses.replace(_pictures(pairs=True), reference_BN2=reference_BN2, desirable_BN=good_BN)
+
+
 def cases() -> dict[str, Case]:
     """By name: pictures, tiles, windows, pairs and adapters; and accumulation, bfloat16 and remat beside them."""
     gemma = families.text("gemma3_text", windows=(8, 0), window_theta=50.0, layers=3, heads=8, kv_heads=2)
@@ -188,8 +198,8 @@ def cases() -> dict[str, Case]:
         "pictures": pictures,
         "tiles": Case(tiles, _tiled(tiles), adam),
         "windows": Case(gemma, Batch(**_packed()), faster),
-        "pairs": Case(QWEN, _pictures(pairs=True), adam, pairs=True),
-        "pairs and adapters": Case(QWEN, _pictures(pairs=True), slower, pairs=True, adapters=True),
+        "pairs": Case(QWEN, _pictures(pairs=True), adam, Preference(beta=0.5, sft=1.0)),
+        "judged and adapters": Case(QWEN, _judged(), slower, Preference("kto", beta=0.5), adapters=True),
         "adapters": Case(QWEN, _pictures(), slower, adapters=True),
         "muon": dataclasses.replace(
             pictures,

@@ -413,6 +413,8 @@ def test_curves_are_named_smoothed_and_say_their_unit():
     assert pairs is not None
     assert pairs.unit == "nats per pair"
     assert [s.name for s in pairs.series] == ["all", "wrong_language"]
+    judged = report_page.plot("prefer", [line | {"baseline": 0.0}])
+    assert judged is not None and judged.unit == "loss per judged answer"
     assert report_page.plot("export", []) is None
 
 

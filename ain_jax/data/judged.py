@@ -5,7 +5,7 @@
     question c  answer c  good          c c'                        c a'
 
 Within a group every answer is used once more, so that the answers measured are distributed as those learnt from
-(arXiv 2402.01306, section 4.1). They move on by 1, 2, 4 ... places, until none meets its own question again: rows made
+(arXiv 2402.01306, section 4). They move on by 1, 2, 4 ... places, until none meets its own question again: rows made
 from pairs name each question twice.
 """
 

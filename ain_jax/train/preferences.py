@@ -105,7 +105,7 @@ def ipo(ratio_2: jax.Array, lengths_2: jax.Array, beta: float) -> jax.Array:
 
 
 def log_odds_ratio(mean_2: jax.Array) -> jax.Array:
-    """By how many nats the better answer's odds are above the worse one's (arXiv 2403.07691, equations 3 and 4).
+    """By how many nats the better answer's odds are above the worse one's (arXiv 2403.07691, equations 4 and 5).
 
     odds = p / (1 - p), with p the geometric mean of the answer's token probabilities: exp of its mean log-probability.
     """
@@ -208,7 +208,7 @@ def _judged(model: Any, groups: int, settings: Preference) -> Loss:
     """`kto` of each judged answer.
 
     The baseline, without a gradient, is how far the policy has left the reference: the mean log-ratio of answers to
-    other questions, over the whole batch on all devices, and 0 where that is below (arXiv 2402.01306, section 4.1).
+    other questions, over the whole batch on all devices, and 0 where that is below (arXiv 2402.01306, section 4).
     `parts`: loss, accuracy (margin above 0), margin, baseline, drift and drift_worse (log-ratios of the good answers
     and of the bad ones).
     """
