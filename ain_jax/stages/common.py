@@ -166,8 +166,7 @@ class StageRun:
             if not folder.is_dir():
                 raise ValueError(f"{folder} is not there yet: run the stage {EXTEND} first")
             return folder
-        if not self.base.is_dir():
-            raise ValueError(f"Model.folder = {str(self.base)!r} is not there: give the folder of a published model")
+        _refuse_missing(self.base)
         return self.templated.folder if self.templated else self.base
 
     @functools.cached_property
@@ -242,6 +241,7 @@ class StageRun:
 
     def _published(self, folder: Path) -> ModelConfig:
         """The config of a published folder, which must hold what `Model.size` names."""
+        _refuse_missing(folder)
         config, size = load.load_config(folder), self.get(Model).size
         if size:
             theirs, ours = (
@@ -543,6 +543,11 @@ class StageRun:
 
     def _saved(self, stage: str, like: Any, step: int | None) -> Any:
         return checkpoint.load_params(self.root / stage / "checkpoints", like, step, self.tokenizer_mark)
+
+
+def _refuse_missing(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"Model.folder = {str(folder)!r} is not there: give the folder of a published model")
 
 
 def source_parts(name: str) -> tuple[str, str]:

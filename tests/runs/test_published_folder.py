@@ -126,6 +126,20 @@ def test_adapters_are_trained_beside_the_folder_and_exported_alone(adapted, fold
     )
     checkpoint = sum(p.stat().st_size for p in (adapted / "run" / "instruct" / "checkpoints").rglob("*") if p.is_file())
     assert checkpoint < 4 * (folders / "qwen2_vl" / "model.safetensors").stat().st_size
+    told = read_json(adapted / "run" / "instruct" / "learns.json")
+    assert told["learns"] == lora.count(pairs)
+    assert {part["module"] for part in told["modules"] if part["by"] == "rank 2, alpha 16"} == {
+        "visual/blocks/attn", "model/layers/mlp", "model/layers/self_attn"
+    }  # fmt: skip
+
+
+def test_a_dry_run_tells_what_learns_of_a_folder(folders, data, tmp_path, capsys):
+    text = experiment(folders / "qwen2_vl", data, extra='Optimizer.rates = {{"visual": 0.0}}\n')
+    assert go(tmp_path, text, "--dry_run") == 0 and not (tmp_path / "run").exists()
+    told = capsys.readouterr().err
+    assert "instruct: what learns" in told and "visual/merger" in told and "frozen" in told
+    assert go(tmp_path, text.replace('"visual"', '"visul"'), "--dry_run") == 0
+    assert "cannot be told yet: Optimizer.rates names 'visul'" in capsys.readouterr().err
 
 
 def test_merged_they_are_a_folder_of_the_same_kind(adapted, folders, tmp_path):
@@ -182,6 +196,10 @@ def test_it_begins_with_the_loss_of_the_folder(folders, data, tmp_path):
         ('Model.folder = ""', "width, layers, heads, kv_heads, mlp_width, vision_width, vision_layers, vision_heads"),
         ("Lora.rank = 2\nOptimizer.matrix_rate = 0.1", "Optimizer.matrix_rate = 0.1 is for whole matrices"),
         ('Lora.rank = 2\nLora.targets = ("q_prog",)', "targets names 'q_prog', which no matrix ends in"),
+        (
+            'Optimizer.rates = {"visual/mergr": 0.0}',
+            "names 'visual/mergr', which no parameter lies under: did you mean",
+        ),
         ("export/Export.merge_lora = True", "trains the whole weights, no adapters; leave it out"),
         ('export/Export.stage = "instruc"', "stage 'instruc' trains no weights: expected one of instruct"),
     ],
