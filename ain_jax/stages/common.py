@@ -495,14 +495,14 @@ class StageRun:
         key = jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
         return init_params(self.config, key, self.layout())
 
-    def initial_adapters(self) -> Any:
-        """The low-rank pairs that this stage begins with."""
-        drawn = lora.init(self.get(Lora), self.config, jax.random.key(self.seed("adapters")))
+    def initial_adapters(self, params: Any) -> Any:
+        """The low-rank pairs that this stage begins with, beside these parameters."""
+        drawn = lora.init(self.get(Lora), self.config, jax.random.key(self.seed("adapters")), params)
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), drawn, self.adapters_layout())
 
     def trained_adapters(self, stage: str, step: int | None = None) -> Any:
         """The low-rank pairs that a stage ended with, or had at a step."""
-        return self._saved(stage, self.of(stage).initial_adapters(), step)
+        return self._saved(stage, self.of(stage).adapters_layout(), step)
 
     def trained_params(self, stage: str, step: int | None = None) -> Any:
         """The parameters that a stage ended with, or had at a step whose checkpoint is kept; its parts put in."""

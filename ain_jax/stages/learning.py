@@ -60,6 +60,7 @@ def parts(run: StageRun) -> list[Part]:
             each = [_times(rate) if alike else f"{half} {_times(rate)}" for half, rate in own.items()]
             rates[name] = each[0] if alike else " and ".join(each)
             by[name] = f"rank {adapted.rank_of(path)}, alpha {adapted.alpha_of(path):g}"
+            by[name] += ", magnitudes" if adapted.dora else ""
     elif settings.rows == "new":
         first, count = run.new_rows
         tables = ["/".join(path) for path in TABLES if "/".join(path) in shapes]
@@ -109,8 +110,9 @@ def show(stage: str, found: Iterable[Part], settings: Optimizer) -> None:
     if not console.is_terminal:
         console = Console(stderr=True, width=160)  # a log has no width of its own
     drawn = Table(box=box.SIMPLE_HEAD, title=f"{stage}: what learns", title_justify="left")
-    for name, justify in (("module", "left"), ("parameters", "right"), ("learn", "right")):
-        drawn.add_column(name, justify=justify, no_wrap=True)
+    drawn.add_column("module", no_wrap=True)
+    for name in ("parameters", "learn"):
+        drawn.add_column(name, justify="right", no_wrap=True)
     drawn.add_column("times the learning rate")
     found = list(found)
     if adapted := any(part.by for part in found):

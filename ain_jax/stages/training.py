@@ -150,7 +150,7 @@ def make_step(run: StageRun, loss: Loss, steps: int) -> Step:
 def trained_part(run: StageRun, params: Any) -> tuple[Any, Any]:
     """What learns and what stays, of the parameters that a stage starts with; laid out as `make_step` says."""
     if run.get(Lora).rank:
-        return run.initial_adapters(), params
+        return run.initial_adapters(params), params
     if run.get(Optimizer).rows == "new":
         taken = rows.take(params, *run.new_rows)
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), taken, run.new_rows_layout()), params

@@ -130,11 +130,13 @@ def _depth(name: str, key: str) -> int:
 
 
 def matrices(params: Any) -> Any:
-    """True for each matrix. A bias is none, nor is the scale of a norm, which stacked over the layers has two axes."""
+    """True for each matrix. A bias is none, nor is the scale of a norm, which stacked over the layers has two axes, nor
+    the magnitudes of DoRA.
+    """
 
     def is_matrix(path, leaf):
         parts = path_name(path).split("/")
-        return parts[-1] != "bias" and leaf.ndim - _stacked(parts) >= 2
+        return parts[-1] not in ("bias", "magnitude") and leaf.ndim - _stacked(parts) >= 2
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

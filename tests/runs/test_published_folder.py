@@ -111,7 +111,8 @@ def first_loss(root, stage="instruct"):
 def adapted(folders, data, tmp_path_factory):
     """A run in which two stages one after another train adapters."""
     root = tmp_path_factory.mktemp("adapted")
-    assert go(root, experiment(folders / "qwen2_vl", data, '("instruct", "prefer", "export")', LORA + PREFER)) == 0
+    extra = LORA + PREFER + "prefer/Lora.dora = True\n"
+    assert go(root, experiment(folders / "qwen2_vl", data, '("instruct", "prefer", "export")', extra)) == 0
     return root
 
 
@@ -161,7 +162,8 @@ def test_the_reference_of_preferences_is_the_model_that_they_begin_with(adapted,
         export_stage.main(["--run", str(adapted / "run"), "--stage", "prefer", "--out", str(adapted / "second")]) == 0
     )
     # What it lies over, the base and the adapters before it, is no folder that could be named.
-    assert read_json(adapted / "second" / "adapter_config.json")["base_model_name_or_path"] is None
+    told = read_json(adapted / "second" / "adapter_config.json")
+    assert told["base_model_name_or_path"] is None and told["use_dora"]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llama", "llava_next"])

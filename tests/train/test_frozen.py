@@ -65,16 +65,16 @@ def test_frozen_parameters_keep_their_bytes_and_the_others_do_not(case):
 
 
 def test_under_adapters_the_base_keeps_its_bytes():
-    settings = Lora(rank=2, targets=("q_proj", "down_proj", "attn/qkv", "merger/mlp/0", "lm_head"))
+    settings = Lora(rank=2, targets=("q_proj", "down_proj", "attn/qkv", "merger/mlp/0", "lm_head"), dora=True)
     base = jax.tree.map(lambda x: x.astype("bfloat16"), init_params(worked.CONFIG, jax.random.key(0)))
     loss = losses.next_token(MultimodalModel(worked.CONFIG), 2)
     aim = lambda pairs, base, *rest: loss(base, {"lora": lora.scaled(pairs, settings)}, *rest)
-    pairs = lora.init(settings, worked.CONFIG, jax.random.key(1))
+    pairs = lora.init(settings, worked.CONFIG, jax.random.key(1), base)
     rates = {"visual": 0.0, "q_proj/a": 0.0}  # of adapters, too, some may stay
     before, after, base_before, base_after = trained(aim, pairs, base, dataclasses.replace(ADAM, rates=rates))
     assert base_before == base_after
     stays = {name for name in before if name.startswith("visual/") or name.endswith("q_proj/a")}
-    assert {name for name in before if before[name] == after[name]} == stays and len(stays) == 5
+    assert {name for name in before if before[name] == after[name]} == stays and len(stays) == 7
 
 
 def test_beside_new_rows_all_others_keep_their_bytes():
