@@ -34,7 +34,7 @@ from ain_jax.launching import TOLD, Interrupted, OtherProcess
 NEUTRAL = (
     *("Trainer.save_seconds", "Trainer.keep", "Trainer.keep_every", "Trainer.bad_steps", "Trainer.bad_steps_in_all"),
     *("Trainer.peak_tflops", "Evaluation.shown", "Model.remat", "Model.size", "Budget.tokens"),
-    "Experiment.description",
+    *("Watch.every", "Watch.stop_rise", "Experiment.description"),
 )
 LAST_SECONDS = 5
 LOST = 75  # the exit status of a process that lost the others (EX_TEMPFAIL)
@@ -276,6 +276,9 @@ def check_folder(resolved: Resolved, root: Path) -> None:
             continue
         before = stored.read_text("utf-8").splitlines()
         now = _lines(resolved, stage)
+        known, fresh = {line.partition(" = ")[0] for line in before}, set(resolved.defaults(stage))
+        # A setting that came later than the folder, at its default, was in force already.
+        now = [line for line in now if line.partition(" = ")[0] in known or line not in fresh]
         if before != now:
             was, will = sorted(set(before) - set(now)), sorted(set(now) - set(before))
             raise ValueError(

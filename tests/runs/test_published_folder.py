@@ -13,11 +13,16 @@ from transformers import AutoTokenizer
 
 from ain_jax import run
 from ain_jax.data.images import ImageSettings
+from ain_jax.data.packing import Packing
+from ain_jax.experiment import read_bindings, resolve
 from ain_jax.models import lora
 from ain_jax.models.config import ModelConfig, tiny
-from ain_jax.models.multimodal import init_params
+from ain_jax.models.multimodal import MultimodalModel, init_params
 from ain_jax.stages import export as export_stage
+from ain_jax.stages import registry
+from ain_jax.stages.common import StageRun
 from ain_jax.tokenizer.extend import padded_vocab
+from ain_jax.train import watch
 from ain_jax.train.optimizer import path_name
 from ain_jax.weights.adapters import load_adapters
 from ain_jax.weights.export import export_folder
@@ -34,7 +39,12 @@ Packing.row_patches = {patches}
 Optimizer.learning_rate = 0.01
 Trainer.steps = 3
 Trainer.rows = 2
-Sources.files = {{"talks": "{data}/talks.jsonl", "texts": "{data}/texts.jsonl", "pairs": "{data}/pairs.jsonl"}}
+Sources.files = {{
+    "talks": "{data}/talks.jsonl",
+    "texts": "{data}/texts.jsonl",
+    "pairs": "{data}/pairs.jsonl",
+    "plain": "{data}/plain.jsonl",
+}}
 Sources.workers = 1
 instruct/Mixture.weights = {{"talks": 1.0}}
 export/Export.stage = "instruct"
@@ -46,6 +56,14 @@ prefer/Mixture.weights = {{"pairs": 1.0}}
 LORA = """
 Lora.rank = 2
 Lora.targets = ("q_proj", "down_proj", "attn/proj")
+"""
+
+
+WATCH = """
+Sources.held_out = {{"plain": 0.5}}
+Watch.texts = ("plain",)
+Watch.every = 2
+Watch.stop_rise = {{"plain": 5.0}}
 """
 
 
@@ -83,7 +101,8 @@ def data(tmp_path_factory):
     talks = [{"messages": talk(f"كم {n}؟", f"هذه {n}")} for n in range(8)]
     seen = [{"messages": talk("<image>ما هذا؟", "أحمر"), "images": ["red.png"]}]
     pairs = [{"messages": talk(f"كم {n}؟", f"هذه {n}"), "rejected": "لا"} for n in range(8)]
-    for name, lines in (("talks", talks + seen), ("texts", talks), ("pairs", pairs)):
+    plain = [{"text": f"هذه الكلمة {n} and words " + "هي الحرية " * n} for n in range(12)]
+    for name, lines in (("talks", talks + seen), ("texts", talks), ("pairs", pairs), ("plain", plain)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
 
@@ -111,7 +130,7 @@ def first_loss(root, stage="instruct"):
 def adapted(folders, data, tmp_path_factory):
     """A run in which two stages one after another train adapters."""
     root = tmp_path_factory.mktemp("adapted")
-    extra = LORA + PREFER + "prefer/Lora.dora = True\n"
+    extra = LORA + PREFER + WATCH + "prefer/Lora.dora = True\n"
     assert go(root, experiment(folders / "qwen2_vl", data, '("instruct", "prefer", "export")', extra)) == 0
     return root
 
@@ -166,6 +185,34 @@ def test_the_reference_of_preferences_is_the_model_that_they_begin_with(adapted,
     assert told["base_model_name_or_path"] is None and told["use_dora"]
 
 
+def test_held_out_text_is_watched_in_every_stage(adapted, folders):
+    """Conversations and pairs, whole weights and adapters: of each the same documents, against sums by hand."""
+    found = {stage: watch.read(adapted / "run" / stage) for stage in ("instruct", "prefer")}
+    assert [line["step"] for line in found["instruct"]] == [line["step"] for line in found["prefer"]] == [0, 2, 3]
+    resolved = resolve(read_bindings(adapted / "folder.gin"), registry.SETTINGS)
+    stage = StageRun(resolved, adapted / "run", "instruct")
+    texts = stage.examples("plain", "test", Packing(row_tokens=192))
+    params, config = load_folder(folders / "qwen2_vl")
+    model, nats, size = MultimodalModel(config), 0.0, 0
+    with jax.numpy_rank_promotion("allow"):
+        for n in range(len(texts)):
+            tokens_L = texts.tokens_T[texts.starts_S[n] : texts.starts_S[n + 1]]
+            L = len(tokens_L)
+            places = {"segments_BL": np.ones((1, L), np.int32), "positions_3BL": np.tile(np.arange(L), (3, 1, 1))}
+            hidden_BLD = model.apply({"params": params}, tokens_BL=tokens_L[None], **places)
+            logits_LV = model.apply({"params": params}, hidden_BLD, method="logits")[0]
+            nats -= float(jax.nn.log_softmax(logits_LV)[np.arange(L - 1), tokens_L[1:]].sum())
+            size += int(stage.token_bytes_V[tokens_L[1:]].sum())
+    whole = sum(len(record.text.encode()) for record in stage.records("plain", "test")[0])
+    assert 2 < len(texts) < 10 and whole <= size <= whole + len(texts)  # a space before the first word
+    assert found["instruct"][0]["plain"] == pytest.approx(nats / np.log(2) / size, rel=1e-4)
+    # The next stage begins where this one ended, its adapters now in the weights.
+    assert found["prefer"][0]["plain"] == pytest.approx(found["instruct"][-1]["plain"], rel=1e-4)
+    assert found["instruct"][-1] != found["instruct"][0] and found["prefer"][-1] != found["prefer"][0]
+    told = read_json(adapted / "run" / "prefer" / "result.json")["numbers"]["watched"]
+    assert told == {"plain": [found["prefer"][0]["plain"], found["prefer"][-1]["plain"]]}
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "llama", "llava_next"])
 def test_the_whole_folder_is_trained_and_keeps_its_form(folders, data, tmp_path, family):
     text = experiment(folders / family, data, patches=0 if family == "llama" else 64)
@@ -201,6 +248,12 @@ def test_it_begins_with_the_loss_of_the_folder(folders, data, tmp_path):
         (
             'Optimizer.rates = {"visual/mergr": 0.0}',
             "names 'visual/mergr', which no parameter lies under: did you mean",
+        ),
+        ('Watch.texts = ("pairs",)', "names 'pairs', of which nothing is held out: set Sources.held_out = {'pairs': "),
+        ('Watch.texts = ("plian",)', "names 'plian', which is no source: did you mean 'plain'?"),
+        (
+            'Sources.held_out = {"talks": 0.3}\nWatch.texts = ("talks",)',
+            "instruct/Watch.texts names 'talks', which is not plain text: take it out",
         ),
         ("export/Export.merge_lora = True", "trains the whole weights, no adapters; leave it out"),
         ('export/Export.stage = "instruc"', "stage 'instruc' trains no weights: expected one of instruct"),
