@@ -5,7 +5,6 @@ frozen along with it. So each module has its line, and a line's name is one that
 """
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -140,12 +139,6 @@ def show_planned(resolved: Resolved, root: Path, stages: Iterable[str]) -> None:
                 show(stage, parts(run), run.get(Optimizer))
             except (ValueError, OSError) as fault:
                 Console(stderr=True).print(f"{stage}: what learns cannot be told yet: {fault}", highlight=False)
-
-
-def read(folder: Path) -> dict[str, Any] | None:
-    """What `tell` wrote down of a stage; None where it did not."""
-    path = folder / FILE
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def _module(name: str) -> str:
