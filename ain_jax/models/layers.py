@@ -82,6 +82,9 @@ def low_rank(spec: str, x, a, b):
     return jnp.einsum(f"{middle},r{new}->{output}", jnp.einsum(f"{given},{summed}r->{middle}", x, a), b)
 
 
+TINY = float(np.finfo(np.float32).tiny)  # the square of a column of zeros, as a padded row of a head is
+
+
 def norms(weight, a, b, inputs: int):
     """The length of each column of `weight + a·b`, over its first `inputs` axes, in float32; the sum is never made.
 
@@ -93,7 +96,7 @@ def norms(weight, a, b, inputs: int):
     over = partial(jnp.tensordot, axes=(axes, axes), precision="highest")
     turned = jnp.tensordot(over(a, a), b, 1, precision="highest")
     square = jnp.sum(jnp.square(weight), axes) + jnp.sum(b * (2 * over(a, weight) + turned), axis=0)
-    return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
+    return jnp.sqrt(jnp.maximum(square, TINY))
 
 
 class Einsum(nn.Module):

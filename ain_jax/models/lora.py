@@ -33,7 +33,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ain_jax.experiment import nearest
 from ain_jax.models.config import ModelConfig
-from ain_jax.models.layers import norms
+from ain_jax.models.layers import TINY, norms
 from ain_jax.weights.table import groups, published, sizes
 
 ALL_LINEAR = "all-linear"
@@ -67,6 +67,8 @@ class Lora:
             raise ValueError(f"rank_pattern, alpha_pattern = {below}: expected ranks and alphas above 0")
         if not self.rank and self.rank_pattern:
             raise ValueError(f"rank_pattern = {dict(self.rank_pattern)}, but rank = 0 adapts nothing: set rank")
+        if not self.rank and self.dora:
+            raise ValueError("dora = True, but rank = 0 adapts nothing: set rank")
 
     def rank_of(self, path: str) -> int:
         """The rank of the module at this path."""
@@ -263,7 +265,8 @@ def _added(weight, a, b, magnitude, scale: float, is_head: bool):
     if magnitude is not None:
         outputs = magnitude.ndim - len(stack)
         first, last = (len(stack) + outputs, weight.ndim) if is_head else (len(stack), weight.ndim - outputs)
-        length = jnp.sqrt(jnp.sum(jnp.square(total), axis=tuple(range(first, last)), keepdims=True))
+        square = jnp.sum(jnp.square(total), axis=tuple(range(first, last)), keepdims=True)
+        length = jnp.sqrt(jnp.maximum(square, TINY))
         total = total * (jnp.expand_dims(magnitude, tuple(range(first, last))) / length)
     return total.astype(weight.dtype)
 
