@@ -44,7 +44,7 @@ def watcher(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss]) -> Watch
     settings, trainer = run.get(Watch), run.get(Trainer)
     if not settings.texts:
         return None
-    packing = Packing(row_tokens=run.get(Packing).row_tokens, too_long="split")
+    packing = Packing(row_tokens=settings.row_tokens or run.get(Packing).row_tokens, too_long="split")
     together = trainer.rows // trainer.accumulate  # as many rows as a step holds at once
     batches, groups = {}, {}
     for text in settings.texts:

@@ -31,11 +31,15 @@ class Watch:
     texts: tuple[str, ...] = ()  # of plain text; none: nothing is watched
     every: int = 0  # steps; 0: before the first and after the last alone, which always are
     rows: int = 64  # of each text, at most; 0: all that is held out
+    # At most so many tokens of a text are read together; 0: a row of the stage. Stages whose rows differ compare where
+    # it is the same for all.
+    row_tokens: int = 0
     stop_rise: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.every < 0 or self.rows < 0:
-            raise ValueError(f"every = {self.every}, rows = {self.rows}: expected 0 or more each")
+        if min(self.every, self.rows, self.row_tokens) < 0:
+            numbers = f"every = {self.every}, rows = {self.rows}, row_tokens = {self.row_tokens}"
+            raise ValueError(f"{numbers}: expected 0 or more each")
         if double := sorted({text for text in self.texts if self.texts.count(text) > 1}):
             raise ValueError(f"texts names {', '.join(double)} more than once")
         for text, share in self.stop_rise.items():
@@ -95,7 +99,7 @@ class Watcher:
             if not now <= before * (1 + share):
                 told.append(
                     f"bits per byte of {text} rose from {before:g} before the first step to {now:g} "
-                    f"({now / before - 1:+.1%}), where Watch.stop_rise allows {share:+.1%}"
+                    f"({now / before - 1:+.2%}), where Watch.stop_rise allows {share:+.2%}"
                 )
         if not told:
             return None

@@ -61,7 +61,9 @@ def go(folder: Path, asked_at: int = 0, asked: int = -1, save_seconds: float = 1
                 marks=MARKS,
                 groups=rows.groups,
                 log=lambda start: metrics.Log(folder, "test", STEPS, start, 0.9),
-                watch=watch.Watcher(watch.Watch(("size",), 2, 0, {"size": rise}), folder, size) if rise else None,
+                watch=watch.Watcher(watch.Watch(("size",), every=2, stop_rise={"size": rise}), folder, size)
+                if rise
+                else None,
             )
         finally:
             checkpoints.close()

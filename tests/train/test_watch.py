@@ -97,7 +97,7 @@ def test_a_run_that_forgets_is_saved_and_stops(run, whole, tmp_path):
     with pytest.raises(Risen) as stop:
         go(share)
     assert f"step 3: bits per byte of documents/en rose from 1 before the first step to {at[3]:g} " in str(stop.value)
-    assert f"where Watch.stop_rise allows {share:+.1%}. The state of this step is saved" in str(stop.value)
+    assert f"where Watch.stop_rise allows {share:+.2%}. The state of this step is saved" in str(stop.value)
     assert "raise Watch.stop_rise" in str(stop.value) and "Mixture.weights" in str(stop.value)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.latest() == 3 == len(numbers(tmp_path))
@@ -132,7 +132,7 @@ def test_without_the_first_values_nothing_is_compared(run, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"every": -1}, "every = -1, rows = 64: expected 0 or more each"),
+        ({"every": -1}, "every = -1, rows = 64, row_tokens = 0: expected 0 or more each"),
         ({"texts": ("a", "b", "a")}, "texts names a more than once"),
         ({"texts": ("documents/en",), "stop_rise": {"documents/em": 0.1}}, "'documents/em', which texts does not: did"),
         ({"texts": ("a",), "stop_rise": {"a": 0.0}}, "stop_rise = {'a': 0.0}: expected a share above 0; leave it out"),
