@@ -21,12 +21,12 @@ true only where the machine has that many cores to spare.
 
 How many steps that feeds: FLOPs of a step = 6 x parameters x tokens of the step (forward and backward of the matrix
 products; attention and the image encoder are left out, which makes a device seem quicker than it is); a device takes
-FLOPs / (peak x utilisation) seconds. Peaks, dense bfloat16: TPU v5p 459 TFLOP/s (https://cloud.google.com/tpu/docs/v5p);
-H200 SXM 989 TFLOP/s, half of the 1,979 with sparsity that NVIDIA tells of it.
+FLOPs / (peak x utilisation) seconds. Peaks are those of `ain_jax/train/peaks.py`, dense and in bfloat16.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -54,10 +54,11 @@ from ain_jax.data.packing import Packing
 from ain_jax.data.rows import Rows, Steps
 from ain_jax.tokenizer.chat import load_tokenizer
 from ain_jax.tokenizer.extend import extend
+from ain_jax.train import peaks
 
 ROW_TOKENS, BATCH, EPOCHS = 4096, 8, 3
 PARAMETERS, UTILISATION = 7.6e9, 0.4  # a 7B model; the share of the peak that training reaches
-PEAKS = {"H200": 989e12, "v5p": 459e12}
+PEAKS = {name: (peaks.peak(name, 1) or (math.nan, ""))[0] for name in ("H200", "TPU v5p")}
 SIDES = ((320, 240), (640, 480), (1024, 683), (768, 1024), (1240, 1754), (224, 224))  # pixels, photographs and a page
 
 
@@ -253,9 +254,9 @@ def measure(
                 "rows_per_second": count / spent, "tokens_per_second": tokens / spent,
                 "pictures_per_second": pictures / spent, "times_theirs": middle["Hugging Face"] / spent,
                 "useful_per_batch": in_a_batch, "useful_share": tokens / places}  # fmt: skip
-        for device, peak in PEAKS.items():
+        for device, flops in PEAKS.items():
             step_tokens = ROW_TOKENS * BATCH
-            seconds = 6 * PARAMETERS * step_tokens / (peak * UTILISATION)
+            seconds = 6 * PARAMETERS * step_tokens / (flops * UTILISATION)
             line[f"{device}_steps_per_second"] = line["tokens_per_second"] / step_tokens
             line[f"{device}_devices_fed"] = line["tokens_per_second"] / step_tokens * seconds
         lines.append(line)
@@ -285,19 +286,19 @@ def main() -> None:
     )
     table = Table("data", "way", title=title)
     for column in ("rows/s", "tokens/s", "pictures/s", "times theirs", "useful tokens a batch", "useful share",
-                   "H200 fed", "v5p fed"):  # fmt: skip
+                   "H200 fed", "TPU v5p fed"):  # fmt: skip
         table.add_column(column, justify="right")
     for line in lines:
         table.add_row(line["data"], line["way"], f"{line['rows_per_second']:,.0f}", f"{line['tokens_per_second']:,.0f}",
                       f"{line['pictures_per_second']:,.1f}", f"{line['times_theirs']:.2f}",
                       f"{line['useful_per_batch']:,.0f}", f"{line['useful_share']:.1%}",
-                      f"{line['H200_devices_fed']:,.1f}", f"{line['v5p_devices_fed']:,.1f}")  # fmt: skip
+                      f"{line['H200_devices_fed']:,.1f}", f"{line['TPU v5p_devices_fed']:,.1f}")  # fmt: skip
     Console(width=150).print(table)
     step = ROW_TOKENS * BATCH
     print(f"A step: {step:,} tokens of a {PARAMETERS / 1e9:g}B model, 6 x parameters x tokens = "
           f"{6 * PARAMETERS * step:.3g} FLOPs; at {UTILISATION:.0%} of the peak an H200 makes "
           f"{PEAKS['H200'] * UTILISATION / (6 * PARAMETERS * step):.2f} and a v5p "
-          f"{PEAKS['v5p'] * UTILISATION / (6 * PARAMETERS * step):.2f} steps a second. Fed: devices that one core "
+          f"{PEAKS['TPU v5p'] * UTILISATION / (6 * PARAMETERS * step):.2f} steps a second. Fed: devices that one core "
           "keeps busy.")  # fmt: skip
     told = {line["data"]: line["conversion_seconds"] for line in lines}
     print("files to records, once: " + ", ".join(f"{data} {seconds:.1f} s" for data, seconds in told.items()))

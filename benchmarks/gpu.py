@@ -31,8 +31,8 @@ from gpu_sides import Case
 from rich.console import Console
 from rich.table import Table
 
-# Dense bfloat16, FLOP per second, as NVIDIA's data sheets give them without sparsity.
-PEAKS = {"H200": 989.4e12, "H100": 989.4e12, "GH200": 989.4e12, "A100": 312e12, "L40S": 362e12}
+from ain_jax.train import peaks
+
 TOLERANCE = 1e-4  # of the first losses, in float32
 NO_FIGURE = "no GPU is used here: no figure of a GPU was measured. Times and bytes below are this CPU's, of tiny twins."
 
@@ -137,9 +137,9 @@ def attention_times(cpu: bool) -> dict[str, dict[str, str]]:
 def show(console: Console, given: argparse.Namespace, case: Case, found: dict[str, Any], gpu: str | None) -> list[str]:
     """The table of a case; what is wrong with it."""
     work, tokens = flops(case), case.rows * case.length
-    peak = next((PEAKS[name] for name in PEAKS if gpu and name in gpu.replace("-", " ").split()), None)
+    peak, source = (gpu and peaks.peak(gpu, 1)) or (None, f"no peak is known of {gpu}")
     title = f"{case.name}: {case.rows} rows of {case.length} tokens, {len(case.segments)} segments each"
-    title += "" if given.cpu else f"; peak {peak / 1e12 if peak else float('nan'):.1f} TFLOP/s dense bfloat16 of {gpu}"
+    title += "" if given.cpu else f"; MFU by {source}"
     table = Table("side", "s a step", "least to most", "tokens a s", "TFLOP a step", "MFU", "GB", "loss", title=title)
     faults = []
     for side, values in found.items():

@@ -319,7 +319,7 @@ if __name__ == "__main__":
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=7, help="counted steps; two more warm up")
     parser.add_argument("--threads", type=int, help="of each side; all cores where none is given")
-    parser.add_argument("--remat", default="none", help="what ours keeps for the backward pass: Model.remat")
+    parser.add_argument("--remat", default="dots", help="what ours keeps for the backward pass: Model.remat")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--peers", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--json", type=Path)

@@ -15,6 +15,7 @@ from ain_jax.data.batch import Batch
 from ain_jax.models import lora, multimodal
 from ain_jax.models.config import ClipConfig, ModelConfig, tiny
 from ain_jax.train import losses, optimizer, state, step
+from ain_jax.train.preferences import Preference, preference
 
 STEPS = 10
 ROWS = 8
@@ -46,7 +47,7 @@ class Case:
         layout = sharding.layout(names, multimodal.abstract_params(self.config, self.param_dtype), mesh)
         params = multimodal.init_params(self.config, jax.random.key(0), layout)
         model = multimodal.MultimodalModel(self.config, self.dtype, self.remat)
-        loss = losses.preference(model, 2, 0.5, 1.0) if self.pairs else losses.next_token(model, 2)
+        loss = preference(model, 2, Preference(beta=0.5, sft=1.0)) if self.pairs else losses.next_token(model, 2)
         if (adapters := self.adapters) is None:
             return params, {}, loss
         drawn = lora.init(adapters, self.config, jax.random.key(1), params)

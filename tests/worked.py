@@ -109,6 +109,20 @@ class Bigram:
         return arguments[0]
 
 
+class Once:
+    """A model whose hidden states are computed once, for several losses of one batch in one program."""
+
+    def __init__(self, model):
+        self.model, self.hidden = model, None
+
+    def apply(self, variables, *arguments, method, **fields):
+        if method != "hidden":
+            return self.model.apply(variables, *arguments, method=method, **fields)
+        if self.hidden is None:
+            self.hidden = self.model.apply(variables, method=method, **fields)
+        return self.hidden
+
+
 def table(size: int = 192, seed: int = 0) -> dict[str, Any]:
     return {"table": jnp.asarray(np.random.default_rng(seed).normal(size=(size, size)), jnp.float32)}
 

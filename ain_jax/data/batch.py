@@ -40,8 +40,13 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PairBatch:
-    """Preference pairs: pair n of a row is its segments 2n+1 (the better answer) and 2n+2 (the worse one)."""
+    """Two answers a place: place n of a row is its segments 2n+1 and 2n+2.
+
+    Of a preference pair these are the better answer and the worse one. Of a judged answer they are that answer, and
+    under the same question an answer to another one, which tells how far the policy has left the reference (KTO).
+    """
 
     rows: Batch
-    pair_groups_BN: Array  # int32, the kind of pair; -1 where there is no pair
-    reference_BN2: Array  # float32, nats: log-probability of (better, worse) under the frozen reference
+    pair_groups_BN: Array  # int32, the kind of pair; -1 where there is none
+    reference_BN2: Array = None  # float32, nats: log-probability of both under the frozen reference, if wanted
+    desirable_BN: Array = None  # int32, of judged answers: 1 a good one, 0 a bad one or none

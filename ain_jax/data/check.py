@@ -129,16 +129,16 @@ def check(path: Path, asked: argparse.Namespace, experiments: Path) -> Report:
         stage_run = registry.StageRun(resolved, root, stage)
         wanted = [s for s in stage_run.get(Mixture).weights if asked.source in (None, s)]
         if wanted:
-            pairs = resolved.experiment.kind(stage) == "prefer"
-            reports.append(_stage(stage_run, wanted, pairs, asked, whole=asked.source is None))
+            reports.append(_stage(stage_run, wanted, asked, whole=asked.source is None))
     return Report(name, root, reports, list(_rejected(root / "data")))
 
 
-def _stage(run: "StageRun", wanted: Sequence[str], pairs: bool, asked: argparse.Namespace, whole: bool) -> StageReport:
+def _stage(run: "StageRun", wanted: Sequence[str], asked: argparse.Namespace, whole: bool) -> StageReport:
     """One stage: its sources one by one, then a row of its plan."""
     from ain_jax.data import check_rows, pack_plan
     from ain_jax.data.mixture import Mixture
     from ain_jax.data.packing import Packing
+    from ain_jax.stages import prefer
     from ain_jax.tokenizer.schedule import Vocabulary
 
     packing, parts = run.get(Packing), run.get(Vocabulary).parts
@@ -152,7 +152,7 @@ def _stage(run: "StageRun", wanted: Sequence[str], pairs: bool, asked: argparse.
     row, mixture = None, ""
     if whole and not stops:
         try:
-            rows = run.training_rows(pairs)
+            rows = run.training_rows(prefer.answers(run))
             names = list(wanted) if parts == 1 else [f"{name}@{p}" for p in range(parts) for name in wanted]
             mixture = pack_plan.table_text(
                 pack_plan.table(rows.plan, dict(zip(names, rows.sources, strict=True)), run.get(Mixture))

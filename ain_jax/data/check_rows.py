@@ -19,6 +19,7 @@ from ain_jax.tokenizer.align import Spelling, spellings
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 LONGEST = 3  # ids told
+VERDICTS = ("bad", "good")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """One example as it is learnt: one sequence, or the better and the worse answer of a pair."""
+    """One example as it is learnt: one sequence, the better and the worse answer of a pair, or a judged answer and
+    the one to another question that is measured beside it."""
 
     id: str
     group: str
@@ -201,7 +203,8 @@ def chosen(count: int, wanted: int, seed: int) -> list[int]:
 def shown(examples: Examples, example: int, spelled: Sequence[Spelling | None], seen: Collection[int | None]) -> Shown:
     """One example as it is learnt: the very ids of its arrays, and its pictures."""
     first, stop = (int(s) for s in examples.first_E[example : example + 2])
-    names = ("",) if stop - first == 1 else ("better", "worse")
+    verdict = -1 if examples.desirable_E is None else int(examples.desirable_E[example])
+    names = (("",) if stop - first == 1 else ("better", "worse")) if verdict < 0 else (VERDICTS[verdict], "elsewhere")
     sequences = []
     for name, s in zip(names, range(first, stop), strict=False):
         span = slice(int(examples.starts_S[s]), int(examples.starts_S[s + 1]))

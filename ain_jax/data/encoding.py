@@ -41,7 +41,7 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One example to be: a sequence, or two of a preference pair."""
+    """One example to be: a sequence, or two of a preference pair or of a judged answer."""
 
     sequences: Sequence[chat.Encoded]
     grids: Sequence[Grid]
@@ -74,7 +74,10 @@ class Rejects:
 
 
 def encode_batch(batch: Sequence[Record], encoder: Encoder, rejects: Rejects) -> Iterator[tuple[int, list[Item]]]:
-    """(place in the batch, its examples) of each record: plain texts first, then conversations."""
+    """(place in the batch, its examples) of each record: plain texts first, then conversations.
+
+    A judged answer comes as one sequence: what is laid beside it is not known yet (`judged.py`).
+    """
     texts = [(i, r) for i, r in enumerate(batch) if not r.messages]
     for (i, record), ids in zip(texts, encode_documents(encoder.tokenizer, [r.text for _, r in texts]), strict=True):
         cut = list(windows(ids, encoder.window, encoder.packing.windows))
@@ -84,12 +87,13 @@ def encode_batch(batch: Sequence[Record], encoder: Encoder, rejects: Rejects) ->
     chats = [(i, r) for i, r in enumerate(batch) if r.messages]
     items = _encoded([r for _, r in chats], encoder, lambda record, why: rejects.add(record, "bad", why))
     for (i, record), item in zip(chats, items, strict=True):
-        if item is None:
-            continue
-        if fits(item, encoder):
-            yield i, [item]
-        else:
-            yield i, _too_long(record, item, encoder, rejects)
+        if item is not None:
+            yield i, kept(record, item, encoder, rejects)
+
+
+def kept(record: Record, item: Item, encoder: Encoder, rejects: Rejects) -> list[Item]:
+    """The example where a row holds it, else what is kept of it."""
+    return [item] if fits(item, encoder) else _too_long(record, item, encoder, rejects)
 
 
 def fits(item: Item, encoder: Encoder) -> bool:
@@ -179,27 +183,35 @@ def _encoded(records: Sequence[Record], encoder: Encoder, fault: Callable[[Recor
             if record.rejected:
                 asked.append((k, (_with_rejected(record).messages, found[1])))
     encoded: list[list[chat.Encoded] | None] = [[] for _ in records]
-    try:
-        results: Sequence[chat.Encoded | None] = chat.encode_chats(
-            encoder.tokenizer, [a for _, a in asked], encoder.chat
-        )
-    except ValueError:  # again one by one, to know whose it is
-        results = [_alone(records[k], a, encoder, fault) for k, a in asked]
-    for (k, _), result in zip(asked, results, strict=True):
-        of_record = encoded[k]
-        if result is None or of_record is None:
-            encoded[k] = None
-        else:
-            of_record.append(result)
+    for last in (False, True):
+        # Of answers that are judged or compared the earlier turns are no part, whatever else is learnt from.
+        settings = dataclasses.replace(encoder.chat, learn=("assistant",), turns="last") if last else encoder.chat
+        chosen = [(k, a) for k, a in asked if (bool(records[k].rejected) or records[k].desirable is not None) == last]
+        if last and not chosen:
+            continue
+        try:
+            results: Sequence[chat.Encoded | None] = chat.encode_chats(
+                encoder.tokenizer, [a for _, a in chosen], settings
+            )
+        except ValueError:  # again one by one, to know whose it is
+            results = [_alone(records[k], a, encoder.tokenizer, settings, fault) for k, a in chosen]
+        for (k, _), result in zip(chosen, results, strict=True):
+            of_record = encoded[k]
+            if result is None or of_record is None:
+                encoded[k] = None
+            else:
+                of_record.append(result)
     return [
         Item(sequences, found[0]) if found is not None and sequences else None
         for found, sequences in zip(measured, encoded, strict=True)
     ]
 
 
-def _alone(record: Record, asked: Any, encoder: Encoder, fault: Callable[[Record, str], None]) -> chat.Encoded | None:
+def _alone(
+    record: Record, asked: Any, tokenizer: Any, settings: Chat, fault: Callable[[Record, str], None]
+) -> chat.Encoded | None:
     try:
-        return chat.encode_chats(encoder.tokenizer, [asked], encoder.chat)[0]
+        return chat.encode_chats(tokenizer, [asked], settings)[0]
     except ValueError as error:
         fault(record, f"record {record.id}: {error}")
         return None

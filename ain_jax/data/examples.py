@@ -1,7 +1,8 @@
 """Records -> tokenised examples, kept as columns on disk: what planning measures and what rows are laid from.
 
-An example is one sequence of tokens, or two for a preference pair (the better answer, then the worse one). Pictures
-are not decoded here: their size, read from the file's head, gives the number of places that they take.
+An example is one sequence of tokens, or two for a preference pair (the better answer, then the worse one) and for a
+judged answer (that answer, then one to another question in its place: see `judged.py`). Pictures are not decoded here:
+their size, read from the file's head, gives the number of places that they take.
 """
 
 import dataclasses
@@ -10,13 +11,14 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ain_jax.data import columns, locks, positions, visuals
-from ain_jax.data.encoding import Encoder, Item, Rejects, encode_batch, encode_documents, first_token
+from ain_jax.data.encoding import Encoder, Item, Rejects, encode_batch, encode_documents, first_token, kept
 from ain_jax.data.formats import Record
+from ain_jax.data.judged import Judgements
 from ain_jax.data.packing import Packing, Segment
 from ain_jax.data.tiles import TileSettings
 from ain_jax.data.visuals import PictureSettings
@@ -26,6 +28,8 @@ __all__ = ["Examples", "PictureSettings", "encode_documents", "first_token", "to
 
 BATCH = 1024  # records tokenised at a time
 BATCH_BYTES = 2**26  # and of pictures no more than this, but for one record
+Answers = Literal["one", "pair", "judged"]  # what an example holds
+KINDS: tuple[Answers, ...] = ("one", "pair", "judged")
 REJECTS = "rejects.jsonl"  # in the folder of a source: what was left out or cut, and why
 
 
@@ -56,6 +60,13 @@ class Examples(columns.Mapped):
 
     def __len__(self) -> int:
         return len(self.first_E) - 1
+
+    def answers(self) -> np.ndarray:
+        """(E,): the place in KINDS of what each example holds."""
+        two_E = np.diff(self.first_E) == 2
+        judged_E = np.zeros(len(self), bool) if self.desirable_E is None else self.desirable_E >= 0
+        assert two_E[judged_E].all(), "judged answers tokenised by an older version: remove the run's data/tokenised"
+        return two_E.astype(np.int8) + judged_E
 
     def sizes(self) -> np.ndarray:
         """(E, 3): tokens, patches and learnt tokens of each example."""
@@ -163,11 +174,13 @@ def _write(
     try:
         rejects = Rejects(made / REJECTS, bad_share, len(records))
         with columns.growing(made, COLUMNS) as files:
-            written = _Written(files, name)
+            written, judged = _Written(files, name), Judgements()
             for start, batch in _batches(records):
-                _tokenise_batch(batch, start, encoder, written, rejects)
+                _tokenise_batch(batch, start, encoder, written, rejects, judged)
                 if progress is not None:
                     progress(start + len(batch), len(records))
+            _write_judged(judged.rest(), encoder, written, rejects)
+            written.flush()
         groups = written.sort_groups(made)
         columns.write_rest(made, {"groups": groups, **rejects.counts})
         columns.put(made, path)
@@ -198,14 +211,30 @@ def _batches(records: Sequence[Record]) -> Iterator[tuple[int, list[Record]]]:
 
 
 def _tokenise_batch(
-    batch: Sequence[Record], start: int, encoder: Encoder, written: "_Written", rejects: Rejects
+    batch: Sequence[Record],
+    start: int,
+    encoder: Encoder,
+    written: "_Written",
+    rejects: Rejects,
+    judged: Judgements,
 ) -> None:
     for i, items in encode_batch(batch, encoder, rejects):
         record = batch[i]
-        label = record.kind if record.rejected else record.language
         for item in items:
-            written.add(item, start + i, label, -1 if record.desirable is None else int(record.desirable))
+            if record.desirable is not None:
+                judged.add(record, start + i, item)
+            else:
+                written.add(item, start + i, record.kind if record.rejected else record.language)
+    _write_judged(judged.group(), encoder, written, rejects)
     written.flush()
+
+
+def _write_judged(
+    made: Iterator[tuple[Record, int, Item]], encoder: Encoder, written: "_Written", rejects: Rejects
+) -> None:
+    for record, number, item in made:
+        for whole in kept(record, item, encoder, rejects):
+            written.add(whole, number, record.language, int(bool(record.desirable)))
 
 
 COLUMNS: dict[str, tuple[Any, Sequence[int]]] = {
@@ -232,7 +261,7 @@ class _Written:
         for column in ("starts_S", "first_E", "grid_starts_S"):
             files[column].add([0])
 
-    def add(self, item: Item, record: int, group: str, desirable: int) -> None:
+    def add(self, item: Item, record: int, group: str, desirable: int = -1) -> None:
         number = self.groups.setdefault(f"{self.name}/{group}", len(self.groups))
         self.items.append((item, record, number, desirable))
 

@@ -144,6 +144,10 @@ def faults(record: Record, pictures: bool = True) -> list[str]:
     if IMAGE in record.rejected or VIDEO in record.rejected:
         place = IMAGE if IMAGE in record.rejected else VIDEO
         found.append(f'the rejected answer holds "{place}"; an answer cannot hold a picture')
+    if record.desirable is not None and record.messages:
+        for place in (IMAGE, VIDEO):
+            if place in record.messages[-1].content:
+                found.append(f'the judged answer holds "{place}"; an answer cannot hold a picture')
     if record.desirable is not None and roles[-1:] != ["assistant"]:
         found.append(
             "a verdict on the last answer, but the last message is no assistant turn; the answer belongs there"

@@ -99,6 +99,6 @@ def _of_devices(
 
 
 def _as_batch(columns: dict[str, Any]) -> Batch | PairBatch:
-    pair = {k: columns.pop(k) for k in ("pair_groups_BN", "reference_BN2") if k in columns}
+    pair = {k: columns.pop(k) for k in ("pair_groups_BN", "reference_BN2", "desirable_BN") if k in columns}
     rows = Batch(**columns)
     return PairBatch(rows=rows, **pair) if pair else rows

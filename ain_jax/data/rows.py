@@ -8,11 +8,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ain_jax.data.examples import Examples, PictureSettings
+from ain_jax.data.examples import KINDS, Answers, Examples, PictureSettings
 from ain_jax.data.pack_plan import PackPlan
 from ain_jax.data.packing import Packing, lay_row
 
 EMPTY: Mapping[str, int] = {"feature_index_BL": -1, "pair_groups_BN": -1}  # an unused row's values; 0 elsewhere
+
+FOUND: Mapping[Answers, str] = {
+    "one": "has neither a rejected answer nor a verdict",
+    "pair": "is a preference pair",
+    "judged": "has a verdict on its answer",
+}
+WANTED: Mapping[Answers, str] = {
+    "one": "would learn from bad answers too",
+    "pair": "compares pairs",
+    "judged": "learns from verdicts on single answers",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +35,21 @@ class Rows:
     packing: Packing
     image_token: int | None  # None: a model without an image encoder
     images: PictureSettings | None
-    pairs: bool = False
+    answers: Answers = "one"
     reference_RN2: np.ndarray | None = None  # log-probabilities under the frozen policy, by row
     video_token: int | None = None
     tokens_per_second: float = 0.0  # Qwen2.5-VL's, of videos
 
     def __post_init__(self):
         for examples in self.sources:
-            odd_E = np.flatnonzero(np.diff(examples.first_E) != (2 if self.pairs else 1))
+            odd_E = np.flatnonzero(examples.answers() != KINDS.index(self.answers))
             if len(odd_E):
                 record = examples.records[int(examples.record_S[examples.first_E[odd_E[0]]])]
-                why = (
-                    "has no rejected answer, and this stage compares pairs"
-                    if self.pairs
-                    else "is a preference pair, and this stage would learn its rejected answer too"
+                found = KINDS[examples.answers()[odd_E[0]]]
+                raise ValueError(
+                    f"record {record.id} {FOUND[found]}, and this stage {WANTED[self.answers]}: take its source out of "
+                    "Mixture.weights"
                 )
-                raise ValueError(f"record {record.id} {why}: take its source out of Mixture.weights")
         names = self.groups
         tables = [np.array([names.index(g) for g in s.groups], np.int32) for s in self.sources]
         object.__setattr__(self, "_group_tables", tables)
@@ -94,11 +104,14 @@ class Rows:
         if patches_PK is not None:
             row["patches_BPK"] = patches_PK
         row["tokens"] = np.array(sum(len(s.tokens_L) for s in segments), np.int64)
-        if self.pairs:
+        if self.answers != "one":
             row["pair_groups_BN"] = np.full(self.plan.max_units, -1, np.int32)
             row["pair_groups_BN"][: len(groups)] = groups
-            none_N2 = np.zeros((self.plan.max_units, 2), np.float32)
-            row["reference_BN2"] = none_N2 if self.reference_RN2 is None else self.reference_RN2[index]
+            if self.reference_RN2 is not None:
+                row["reference_BN2"] = self.reference_RN2[index]
+        if self.answers == "judged":
+            row["desirable_BN"] = np.zeros(self.plan.max_units, np.int32)
+            row["desirable_BN"][: len(units)] = [self.sources[source].desirable_E[example] for source, example in units]
         return row
 
 

@@ -91,11 +91,7 @@ def fetch(tree: Any) -> Any:
 
 def own_mesh() -> jax.sharding.Mesh:
     """A mesh of this process' devices alone, for what one process does by itself: parameters lie over all of them."""
-    devices = jax.local_devices()
-    names = list(sharding.Mesh.__dataclass_fields__)
-    shape = [len(devices) if name == "fsdp" else 1 for name in names]
-    kinds = (jax.sharding.AxisType.Auto,) * len(names)
-    return jax.sharding.Mesh(np.array(devices).reshape(shape), tuple(names), axis_types=kinds)
+    return sharding.make_mesh(sharding.Mesh(data=1, fsdp=-1), jax.local_devices())
 
 
 def _by_itself(make: Callable[[], T]) -> T:

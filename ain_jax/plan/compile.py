@@ -11,18 +11,15 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from ain_jax.data.images import ImageSettings
 from ain_jax.data.mixture import Mixture
 from ain_jax.data.packing import Packing
 from ain_jax.experiment import Resolved
-from ain_jax.models.lora import Lora, targeted
-from ain_jax.plan import estimate, hlo, products
+from ain_jax.plan import estimate, flops, hlo, products
 from ain_jax.plan.chips import Slices
 from ain_jax.plan.planned import PlannedRun, planned
 from ain_jax.stages import registry, training
-from ain_jax.stages.common import StageRun
 from ain_jax.train.loop import Trainer
-from ain_jax.train.optimizer import Optimizer, path_name, rate_tree
+from ain_jax.train.optimizer import Optimizer, rate_tree
 
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # The compiler says it in two ways; the second counts temporaries alone, before it has placed any of them.
@@ -57,7 +54,7 @@ def trace(run: PlannedRun, groups: int = 0, steps: int = 0) -> tuple[Any, traini
     # Before the mesh is set: under one of described devices nothing can be computed, only traced.
     loss = registry.LOSS[kind](run, groups or len(run.get(Mixture).weights))
     made = training.make_step(run, loss, steps or steps_of(run) or 1)
-    batch, key = run.batch(kind == "prefer"), jax.eval_shape(lambda: jax.random.key(0))
+    batch, key = run.batch(), jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(run.mesh):
         return made.update.trace(made.state, made.frozen, batch, key), made
 
@@ -120,6 +117,11 @@ class Compiled:
         """Places for tokens in a step."""
         return self.rows * self.row_tokens
 
+    @property
+    def model_flops(self) -> dict[str, float]:
+        """Of a step over all chips, by convention."""
+        return {"all": sum(self.flops_all.values()), "needed": sum(self.flops_needed.values())}
+
     def roofline(self, slices: Slices) -> estimate.Roofline:
         """Seconds of a step at the peaks of the chip."""
         inside, between = (
@@ -157,13 +159,12 @@ def compile_stage(resolved: Resolved, root: Path, stage: str, slices: Slices) ->
             return TooLarge(stage, needed, limit, _short(str(fault)), round(time.monotonic() - begun, 1))
     text = hlo.Module(compiled.as_text())
     trainer, packing = run.get(Trainer), run.get(Packing)
-    parts = {name: _bytes(tree) for name, tree in (("params", made.trained), ("frozen", made.frozen))}
     analysis = compiled.memory_analysis()
     kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory = Memory(
-        parameters=sum(parts.values()),
+        parameters=_bytes((state.params, made.frozen)),
         optimizer=_bytes(state.opt_state),
-        batch=_bytes(run.batch(resolved.experiment.kind(stage) == "prefer")),
+        batch=_bytes(run.batch()),
         arguments=analysis.argument_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -182,8 +183,8 @@ def compile_stage(resolved: Resolved, root: Path, stage: str, slices: Slices) ->
         steps=steps_of(run),
         parameters=_numbers(run.layout()),
         trained=_trained(run, made),
-        flops_all=model_flops(run, needed=False),
-        flops_needed=model_flops(run, needed=True),
+        flops_all=flops.of_step(run, needed=False),
+        flops_needed=flops.of_step(run, needed=True),
         flops_programmed=products.flops(traced.jaxpr.jaxpr),
         hbm_bytes=text.hbm_bytes(),
         hbm_bytes_once=float((compiled.cost_analysis() or {}).get("bytes accessed", math.nan)),
@@ -194,36 +195,9 @@ def compile_stage(resolved: Resolved, root: Path, stage: str, slices: Slices) ->
     )
 
 
-def model_flops(run: StageRun, needed: bool) -> dict[str, float]:
-    """Model FLOPs of a step over all chips, by part, in one of the two conventions of `estimate`."""
-    packing, rows = run.get(Packing), run.get(Trainer).rows
-    images = run.images
-    picture = packing.row_patches
-    if isinstance(images, ImageSettings):
-        picture = min(picture, images.max_pixels // images.patch_size**2)
-    targets = packing.row_targets or packing.row_tokens
-    parts = estimate.forward(run.config, rows, packing.row_tokens, targets, packing.row_patches, picture, needed)
-    if not needed:
-        return estimate.training(parts, dict.fromkeys(parts, "all"), True)
-    learns = {name: _learns(run, part.path) for name, part in parts.items()}
-    return estimate.training(parts, learns, bool(_learns(run, "model/embed_tokens")))
-
-
-def _learns(run: StageRun, path: str) -> str:
-    """What learns of the parameters under a path: "all", "adapters", or "" for nothing."""
-    adapted = run.get(Lora)
-    if adapted.rank:
-        return "adapters" if any(p.startswith(path) for p in targeted(adapted, run.config)) else ""
-    if run.get(Optimizer).rows == "new":
-        return "adapters" if path in ("model/embed_tokens", "lm_head") else ""
-    rates = rate_tree(run.layout(), run.get(Optimizer).rates)
-    found = [rate for name, rate in jax.tree_util.tree_leaves_with_path(rates) if path_name(name).startswith(path)]
-    return "all" if path and any(found) else ""
-
-
 def _trained(run: PlannedRun, made: training.Step) -> int:
-    rates = jax.tree.leaves(rate_tree(made.trained, run.get(Optimizer).rates))
-    return sum(math.prod(s.shape) for s, rate in zip(jax.tree.leaves(made.trained), rates, strict=True) if rate)
+    rates = jax.tree.leaves(rate_tree(made.state.params, run.get(Optimizer).rates))
+    return sum(math.prod(s.shape) for s, rate in zip(jax.tree.leaves(made.state.params), rates, strict=True) if rate)
 
 
 def _numbers(tree: Any) -> int:

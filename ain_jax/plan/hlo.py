@@ -17,19 +17,9 @@ BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128":
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # Instructions that move nothing themselves.
 FREE = {
-    *(
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "iota",
-        "after-all",
-        "add-dependency",
-        "domain",
-    ),
-    *("while", "conditional", "call", "async-start", "async-update", "async-done", "partition-id", "replica-id"),
-    *("opt-barrier", "optimization-barrier"),
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "add-dependency"),
+    *("domain", "while", "conditional", "call", "async-start", "async-update", "async-done", "partition-id"),
+    *("replica-id", "opt-barrier", "optimization-barrier"),
 }
 HBM = ""  # the memory that a layout does not name; S(1) is on the chip's core, S(5) the host's
 
@@ -211,13 +201,13 @@ class Module:
     def _moved(self, name: str, instruction: Instruction) -> float:
         here = self.computations[name]
         operands = [here[o] for o in instruction.operands if o in here]
-        kind, arrays = instruction.opcode, instruction.arrays
+        kind, made = instruction.opcode, instruction.arrays
         if kind in ("dynamic-slice", "slice", "gather"):
-            return sum(arrays[0].bytes for a in (*operands[0].arrays, *arrays) if a.space == HBM)
+            return sum(made[0].bytes for a in (*operands[0].arrays, *made) if a.space == HBM)
         if kind == "dynamic-update-slice":
             return 2 * operands[1].bytes(HBM)
         if kind in ("slice-start", "dynamic-slice-start"):  # gives back what is cut, and the piece
-            return sum(arrays[1].bytes for a in arrays[:2] if a.space == HBM)
+            return sum(made[1].bytes for a in made[:2] if a.space == HBM)
         if kind.endswith("-start"):
             return instruction.bytes(HBM)
         if kind == "custom-call" and "AllocateBuffer" in instruction.line:
@@ -266,8 +256,8 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction | None:
         return None
     opens = end + call.end() - 1
     inner = rest[opens + 1 : _closing(rest, opens)]
-    line = rest
-    return Instruction(name, call[1], arrays(rest[:end]), tuple(re.findall(r"%([\w.\-]+)", inner)), line, is_root)
+    operands = tuple(re.findall(r"%([\w.\-]+)", inner))
+    return Instruction(name, call[1], arrays(rest[:end]), operands, rest, is_root)
 
 
 def _closing(text: str, start: int) -> int:

@@ -20,13 +20,15 @@ from ain_jax.data.packing import Packing, lay_row
 from ain_jax.data.tiles import TileSettings
 from ain_jax.experiment import Resolved
 from ain_jax.models.config import ClipConfig, ModelConfig, published
+from ain_jax.stages import prefer
 from ain_jax.stages.common import EXTEND, Model, StageRun, sample_path
 from ain_jax.stages.extend_tokenizer import Tokenizer
 from ain_jax.tokenizer import base
 from ain_jax.train.loop import Trainer
+from ain_jax.train.preferences import Preference
 from ain_jax.weights import embeddings
 
-PAIRS = 8  # preference pairs of a row where no pack plan says how many
+PAIRS = 8  # preference pairs, or judged answers, of a row where no pack plan says how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ class PlannedRun(StageRun):
         path = self.folder / "pack_plan"
         return load(path) if stored_fingerprint(path) else None
 
-    def batch(self, pairs: bool) -> Batch | PairBatch:
+    def batch(self) -> Batch | PairBatch:
         """Shapes and shardings of a batch with pictures, as `loader.batches` lays it."""
         packing, rows = self.get(Packing), self.get(Trainer).rows
         images = self._pictures(packing)
@@ -123,10 +125,13 @@ class PlannedRun(StageRun):
             ) from None
         place = lambda shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
         batch = Batch(**{name: place(array.shape, array.dtype) for name, array in row.items()})
-        if not pairs:
+        answers = prefer.answers(self)
+        if answers == "one":
             return batch
         count = self.pack_plan.max_units if self.pack_plan else PAIRS
-        return PairBatch(batch, place((count,), np.dtype(np.int32)), place((count, 2), np.dtype(np.float32)))
+        counts, values = place((count,), np.dtype(np.int32)), place((count, 2), np.dtype(np.float32))
+        reference = values if self.get(Preference).needs_reference else None
+        return PairBatch(batch, counts, reference, counts if answers == "judged" else None)
 
     @property
     def assumed(self) -> list[str]:

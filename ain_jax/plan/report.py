@@ -34,11 +34,10 @@ def numbers(found: Compiled | TooLarge, slices: Slices, price: float | None) -> 
         return {"fits": False, **dataclasses.asdict(found)}
     roof = found.roofline(slices)
     result = dataclasses.asdict(found) | {"fits": found.memory.fits, "tokens_per_step": found.tokens}
-    totals = {"all": sum(found.flops_all.values()), "needed": sum(found.flops_needed.values())}
     for name, seconds in (("overlapped", roof.fastest), ("in_turn", roof.slowest)):
         result[name] = {
             "step_seconds": seconds,
-            **{f"mfu_{kind}": estimate.mfu(slices, flops, seconds) for kind, flops in totals.items()},
+            **{f"mfu_{kind}": estimate.mfu(slices, flops, seconds) for kind, flops in found.model_flops.items()},
             "tokens_per_second": found.tokens / seconds,
             "tokens_per_day": found.tokens / seconds * DAY,
             "chip_hours_per_billion_tokens": 1e9 / found.tokens * seconds / 3600 * slices.chips,
@@ -75,7 +74,7 @@ def show(found: Compiled | TooLarge, told: dict[str, Any], slices: Slices) -> No
     for row in rows:
         table.add_row(*row)
     table.add_section()
-    totals = {"all": sum(found.flops_all.values()), "needed": sum(found.flops_needed.values())}
+    totals = found.model_flops
     per_chip = lambda flops: f"{flops / slices.chips / 1e12:.2f} TFLOP"
     table.add_row('model FLOPs, "all"', per_chip(totals["all"]), "6N a token, L x L pairs; no remat")
     table.add_row('model FLOPs, "needed"', per_chip(totals["needed"]), "seen pairs, learnt targets; no remat")

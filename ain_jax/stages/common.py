@@ -24,7 +24,7 @@ from ain_jax.data.builders import sample as sample_builder
 from ain_jax.data.builders.files import Sources
 from ain_jax.data.builders.records import Records
 from ain_jax.data.builders.sample_records import KINDS, SampleParams
-from ain_jax.data.examples import Examples, PictureSettings, tokenise, tokenizer_fingerprint
+from ain_jax.data.examples import Answers, Examples, PictureSettings, tokenise, tokenizer_fingerprint
 from ain_jax.data.images import ImageSettings
 from ain_jax.data.loader import Loader
 from ain_jax.data.mixture import Mixture
@@ -141,6 +141,10 @@ class StageRun:
     def seed(self, purpose: str) -> int:
         """A seed for one purpose of this stage, fixed by the experiment's own."""
         return zlib.crc32(f"{self.resolved.experiment.seed}/{self.stage}/{purpose}".encode())
+
+    def kind_seed(self, purpose: str) -> int:
+        """The same for all stages of one kind: on the same data they then have the same rows."""
+        return self.of(self.resolved.experiment.kind(self.stage)).seed(purpose)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -410,13 +414,13 @@ class StageRun:
         mixture: Mixture | None,
         count: int | None,
         name: str,
-        pairs: bool = False,
+        answers: Answers = "one",
         packing: Packing | None = None,
         rows_per_batch: int = 0,
     ) -> loader.Rows:
         """Packed rows: `count` rows of a mixture, or as many as its epochs make, or (no mixture) every example once."""
         packing = packing or self.get(Packing)
-        path, seed = self.folder / name, self.seed(name)
+        path, seed = self.folder / name, self.seed(name) if answers == "one" else self.kind_seed(name)
         make = functools.partial(pack_plan.plan, dict(sources), mixture, packing, count, seed, path, rows_per_batch)
         plan = processes.first(make)
         vision = self.config.vision
@@ -426,12 +430,12 @@ class StageRun:
             packing,
             self.config.image_token_id,
             self._pictures(packing),
-            pairs,
+            answers,
             video_token=self.config.video_token_id,
             tokens_per_second=(vision.tokens_per_second if isinstance(vision, VisionConfig) else None) or 0.0,
         )
 
-    def training_rows(self, pairs: bool = False) -> loader.Rows:
+    def training_rows(self, answers: Answers = "one") -> loader.Rows:
         """The rows of this stage's mixture, as many as its steps take."""
         mixture, trainer, vocabulary = self.get(Mixture), self.get(Trainer), self.get(Vocabulary)
         sources = {name: self.examples(name) for name in mixture.weights} if vocabulary.parts == 1 else {}
@@ -446,7 +450,7 @@ class StageRun:
             shares = tuple(float(steps) for steps in vocabulary.steps(trainer.steps))
             mixture = dataclasses.replace(mixture, weights=alone, phases=shares)
         count = trainer.steps * trainer.rows or None
-        return self.rows(sources, mixture, count, "pack_plan", pairs, rows_per_batch=trainer.rows)
+        return self.rows(sources, mixture, count, "pack_plan", answers, rows_per_batch=trainer.rows)
 
     def batches(self, data: loader.Rows, rows_per_batch: int, start: int = 0):
         """(batch, tokens) from a step onwards, laid over the devices of the mesh."""

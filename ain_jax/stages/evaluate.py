@@ -94,7 +94,7 @@ def _one_model(stage: common.StageRun, settings: Evaluation, name: str) -> dict[
 
 
 def _pairs(stage: common.StageRun, settings: Evaluation, params: Any) -> dict[str, Any]:
-    rows = stage.rows({"preference": stage.examples("preference", "test")}, None, None, "plan_pairs", pairs=True)
+    rows = stage.rows({"preference": stage.examples("preference", "test")}, None, None, "plan_pairs", answers="pair")
     pairs = likelihood.pair_choices(stage.model, params, rows.groups, stage.batches(rows, settings.rows))
     return {kind.rpartition("/")[2]: _rounded(v) for kind, v in pairs.items()}
 

@@ -17,12 +17,12 @@ from ain_jax.stages.common import Model, StageRun, Start
 from ain_jax.stages.evaluate import Evaluation
 from ain_jax.stages.export import Export
 from ain_jax.stages.extend_tokenizer import Tokenizer
-from ain_jax.stages.prefer import Preference
 from ain_jax.tokenizer.chat import Chat
 from ain_jax.tokenizer.schedule import Vocabulary
 from ain_jax.train.loop import Trainer
 from ain_jax.train.losses import Loss, NextToken
 from ain_jax.train.optimizer import Optimizer
+from ain_jax.train.preferences import Preference
 from ain_jax.train.watch import Watch
 from ain_jax.weights.embeddings import Embeddings
 
@@ -43,7 +43,7 @@ CHECK: Mapping[str, Callable[[StageRun], None]] = {
     "extend_tokenizer": extend_tokenizer.check,
     "pretrain": training.check,
     "instruct": training.check,
-    "prefer": training.check,
+    "prefer": prefer.check,
     "evaluate": evaluate.check,
     "export": export.check,
 }
@@ -59,7 +59,7 @@ RUN: Mapping[str, Callable[[StageRun], dict[str, Any]]] = {
 
 # Of the stages that train: their loss, reported by so many groups.
 LOSS: Mapping[str, Callable[[StageRun, int], Loss]] = {
-    "pretrain": pretrain.loss,
-    "instruct": instruct.loss,
+    "pretrain": training.next_token,
+    "instruct": training.next_token,
     "prefer": prefer.loss,
 }

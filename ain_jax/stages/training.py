@@ -14,11 +14,12 @@ from ain_jax.data import loader
 from ain_jax.data.mixture import Mixture
 from ain_jax.models import lora
 from ain_jax.models.lora import Lora
+from ain_jax.plan import flops
 from ain_jax.stages import watching
 from ain_jax.stages.common import EXTEND, StageRun, Start
 from ain_jax.tokenizer import schedule
 from ain_jax.tokenizer.schedule import Vocabulary
-from ain_jax.train import checkpoint, metrics, optimizer, peaks, rows, state, step, watch
+from ain_jax.train import checkpoint, losses, metrics, optimizer, peaks, rows, state, step, watch
 from ain_jax.train.loop import Trainer, train
 from ain_jax.train.losses import Loss
 from ain_jax.train.measures import Work
@@ -70,6 +71,11 @@ def check(run: StageRun) -> None:
     watching.check(run)
 
 
+def next_token(run: StageRun, groups: int) -> Loss:
+    """Cross-entropy of the learnt tokens, reported by so many groups."""
+    return losses.next_token(run.model, groups, run.get(losses.NextToken), run.token_bytes_V)
+
+
 def fit(run: StageRun, params: Any, loss: Loss, data: loader.Rows) -> dict[str, Any]:
     """Train `params` on `data` to the last step, from the newest checkpoint if there is one; what it came to.
 
@@ -105,13 +111,11 @@ def fit(run: StageRun, params: Any, loss: Loss, data: loader.Rows) -> dict[str, 
 
 def work(run: StageRun) -> Work | None:
     """What a step of the stage asks of the devices, and their peak; None where that is not known."""
-    from ain_jax.plan.compile import model_flops  # which compiles what is made here
-
     devices = run.mesh.devices
     best = peaks.peak(devices.flat[0].device_kind, devices.size, run.get(Trainer).peak_tflops)
     if best is None:
         return None
-    return Work({name: sum(model_flops(run, name == "needed").values()) for name in ("all", "needed")}, *best)
+    return Work({name: sum(flops.of_step(run, name == "needed").values()) for name in ("all", "needed")}, *best)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +127,8 @@ class Step:
 
     update: step.Update
     transform: optax.GradientTransformation
-    trained: Any
+    state: state.TrainState
     frozen: Any
-
-    @property
-    def state(self) -> state.TrainState:
-        """Shapes and shardings of the state."""
-        return state.layout(self.trained, self.transform)
 
 
 def aimed(run: StageRun, loss: Loss) -> Loss:
@@ -155,7 +154,7 @@ def make_step(run: StageRun, loss: Loss, steps: int) -> Step:
     rates, like = optimizer.rate_tree(trained, settings.rates), state.layout(trained, transform)
     trainer = run.get(Trainer)
     update = step.make_update(aim, transform, rates, trainer.accumulate, like, skip_bad=trainer.bad_steps > 0)
-    return Step(update, transform, trained, frozen)
+    return Step(update, transform, like, frozen)
 
 
 def trained_part(run: StageRun, params: Any) -> tuple[Any, Any]:

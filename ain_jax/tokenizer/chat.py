@@ -33,7 +33,10 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Chat:
-    """How conversations are written, and which of their words are learnt."""
+    """How conversations are written, and which of their words are learnt.
+
+    Of answers that are compared or judged (pairs, verdicts) it is always the assistant's last turn alone.
+    """
 
     template: str = ""  # "" is the tokenizer's own; or one of ours by name: chatml, llama2, llama3, gemma ...
     learn: tuple[str, ...] = ("assistant",)  # the roles whose words are learnt, each with the end of its turn

@@ -27,6 +27,10 @@ class Sums:
     loss: Any  # scalar, what the gradient is taken of
     count: Any  # scalar, what it is divided by
     parts: dict[str, tuple[Any, Any]]  # name -> (sum_G, count_G)
+    # Further parts, told once all is summed: name -> parts and what they are multiplied by, added up.
+    derived: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
 
 
 Loss = Callable[[Any, Any, Any, Any], Sums]
@@ -132,7 +136,7 @@ def next_token(model: Any, groups: int, settings: NextToken = PLAIN, token_bytes
 def pair_log_probs(
     model: Any, params: Any, batch: PairBatch, others: Mapping[str, Any] = NONE
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability in nats of the better and the worse answer of each pair, and their lengths in tokens.
+    """Log-probability in nats of the two answers of each place (see `PairBatch`), and their lengths in tokens.
 
     Both are (B, N, 2); an unused place has 0 and 0.
     """
@@ -144,35 +148,3 @@ def pair_log_probs(
     sums_BS, lengths_BS = (by_answer(v, segments_BC) for v in (log_probs_BC, jnp.ones_like(log_probs_BC)))
     shape = (-1, pairs, 2)
     return sums_BS[:, 1:].reshape(shape), lengths_BS[:, 1:].reshape(shape)
-
-
-def preference(model: Any, groups: int, beta: float, sft: float = 0.0) -> Loss:
-    """Direct preference optimisation (arXiv 2305.18290, equation 7), nats per pair, reported by kind of pair.
-
-    With r = log p(answer) - log p_reference(answer), the loss is -log sigmoid(beta (r_better - r_worse)):
-    log 2 where policy and reference agree. `sft` adds that much of the better answer's own cross-entropy, nats per
-    token (arXiv 2404.19733, equation 2): the margin then grows less by making both answers unlikely. `parts`: loss
-    (without that term), nll (what is added, before `sft`), accuracy (margin above 0), margin (beta times the
-    difference), drift (r of the better answer: below 0 it has become less likely).
-    """
-
-    def loss(params: Any, others: Mapping[str, Any], batch: PairBatch, key: Any) -> Sums:
-        del key
-        log_probs_BN2, lengths_BN2 = pair_log_probs(model, params, batch, others)
-        ratio_BN2 = log_probs_BN2 - batch.reference_BN2
-        nll_BN = -log_probs_BN2[..., 0] / jnp.maximum(lengths_BN2[..., 0], 1)
-        margin_BN = beta * (ratio_BN2[..., 0] - ratio_BN2[..., 1])
-        weights_BN = (batch.pair_groups_BN >= 0).astype(jnp.float32)
-        groups_BN = jnp.maximum(batch.pair_groups_BN, 0)
-        losses_BN = -jax.nn.log_sigmoid(margin_BN)
-        by_kind = lambda values: group_sums(values, weights_BN, groups_BN, groups)
-        parts = {
-            "loss": by_kind(losses_BN),
-            "nll": by_kind(nll_BN),
-            "accuracy": by_kind((margin_BN > 0).astype(jnp.float32)),
-            "margin": by_kind(margin_BN),
-            "drift": by_kind(ratio_BN2[..., 0]),
-        }
-        return Sums(((losses_BN + sft * nll_BN) * weights_BN).sum(), weights_BN.sum(), parts)
-
-    return loss

@@ -42,8 +42,10 @@ def numbers(sums: Sums, groups: Sequence[str]) -> dict[str, float]:
     """
     count = float(sums.count)
     result = {"loss": float(sums.loss) / max(count, 1.0), "targets": count}
-    for name, (total_G, count_G) in sums.parts.items():
-        total_G, count_G = np.asarray(total_G, np.float64), np.asarray(count_G, np.float64)
+    parts = {k: (np.asarray(t, np.float64), np.asarray(c, np.float64)) for k, (t, c) in sums.parts.items()}
+    for name, terms in sums.derived:
+        parts[name] = np.sum([factor * parts[part][0] for part, factor in terms], axis=0), parts[terms[0][0]][1]
+    for name, (total_G, count_G) in parts.items():
         if count_G.sum():
             result[name] = float(total_G.sum() / count_G.sum())
         for group, total, seen in zip(groups, total_G, count_G, strict=True):

@@ -16,6 +16,7 @@ PEAKS: Sequence[tuple[str, float, str]] = (
     ("H100 PCIe", 756e12, _GPU),
     ("H100", 989.4e12, _GPU),
     ("A100", 312e12, _GPU),
+    ("L40S", 362e12, _GPU),
 )
 
 

@@ -1,7 +1,9 @@
-"""The frozen policy's log-probabilities of each pair: computed once, fingerprinted, kept beside the plan."""
+"""The frozen policy's log-probabilities of each answer: computed once, fingerprinted, kept beside the run's data."""
 
 import dataclasses
 import hashlib
+import os
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,30 +25,33 @@ def params_fingerprint(params: Any) -> str:
 
 
 def with_reference(
-    rows: Rows, model: Any, params: Any, batches: Callable[[Rows], Iterator[tuple[Any, int]]], path: Path
+    rows: Rows,
+    model: Any,
+    params: Any,
+    batches: Callable[[Rows], Iterator[tuple[Any, int]]],
+    folder: Path,
+    also: str = "",
 ) -> Rows:
-    """The rows with `reference_RN2` filled in, in nats; read from `path` where it fits these weights and this plan.
+    """The rows with `reference_RN2` filled in, in nats: read from the folder, else computed and written there.
+
+    A file's name is the digest of all that its values follow from: the weights, the plan's fingerprint (data,
+    tokenizer, chat template, image settings, packing, mixture) and `also`, what else the model reads (its config and
+    dtype). So a run that goes on finds them, and so does another stage that starts from the same weights on the same
+    rows, whatever its loss. Files of other weights or data stay where they are.
 
     The reference model is gone from memory afterwards: training holds the policy alone.
     """
-    mark = f"{params_fingerprint(params)}/{rows.plan.fingerprint}"
-    if processes.of_first(lambda: _mark(path) == mark):
+    mark = "/".join((params_fingerprint(params), rows.plan.fingerprint, also))
+    path = folder / f"{hashlib.sha256(mark.encode()).hexdigest()[:16]}.npz"
+    if processes.of_first(path.is_file):
         with np.load(path) as stored:
             return dataclasses.replace(rows, reference_RN2=stored["reference_RN2"])
     score = jax.jit(lambda p, batch: pair_log_probs(model, p, batch)[0])
     parts = [processes.fetch(score(params, batch)) for batch, _ in batches(rows)]
     reference_RN2 = np.concatenate(parts)[: len(rows)]
     if processes.is_first():
-        beside = path.with_suffix(".tmp.npz")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(beside, reference_RN2=reference_RN2, mark=np.array(mark))
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.stem}.{platform.node()}.{os.getpid()}.tmp.npz")
+        np.savez(beside, reference_RN2=reference_RN2)
         beside.replace(path)
     return dataclasses.replace(rows, reference_RN2=reference_RN2)
-
-
-def _mark(path: Path) -> str:
-    """What the stored values were made of; "" where none are."""
-    if not path.exists():
-        return ""
-    with np.load(path) as stored:
-        return str(stored["mark"])

@@ -263,10 +263,11 @@ def test_videos_stand_among_pictures_in_their_order(tokenizer, tmp_path):
 
 
 def test_verdicts_settings_and_progress_go_through(tokenizer, tmp_path):
-    records = [dataclasses.replace(talk(str(v), "Hi", "yes"), desirable=v) for v in (True, None, False)]
+    records = [dataclasses.replace(talk(str(v), f"Hi {v}", "yes"), desirable=v) for v in (True, None, False)]
     told = []
     source = tokenise(records, "made", tokenizer, None, 64, "m", tmp_path, progress=lambda *done: told.append(done))
-    assert source.desirable_E.tolist() == [1, -1, 0] and told == [(3, 3)]
+    assert source.desirable_E.tolist() == [-1, 1, 0] and source.record_S.tolist() == [1, 0, 0, 2, 2]
+    assert told == [(3, 3)]
     everything = Chat(learn=("user", "assistant"))
     other = tokenise(records, "made", tokenizer, None, 64, "m", tmp_path, chat=everything)
     assert other.fingerprint != source.fingerprint and other.learn_T.sum() > source.learn_T.sum()

@@ -37,7 +37,7 @@ def pairs(tmp_path_factory):
     kinds = ["kind b", "kind a", "kind b", "kind a", "kind b"]
     source = worked.examples([worked.example(i, 3, [(8, 8)], pair=True, group=k) for i, k in enumerate(kinds)], "pairs")
     plan = pack_plan.plan({"pairs": source}, None, PACKING, None, 0, tmp_path_factory.mktemp("plan") / "plan.npz")
-    return loader.Rows(plan, [source], PACKING, worked.PICTURE, worked.IMAGES, pairs=True)
+    return loader.Rows(plan, [source], PACKING, worked.PICTURE, worked.IMAGES, answers="pair")
 
 
 def arrays(batches):
@@ -112,12 +112,12 @@ def test_pairs_stand_beside_their_rows(pairs):
 
 def test_pairs_and_plain_examples_are_not_mistaken_for_one_another(rows, pairs):
     # The rejected answer of a pair would be learnt, and a plain example would shift every pair behind it.
+    with pytest.raises(ValueError, match="record pairs/0 is a preference pair, and this stage would learn from bad"):
+        dataclasses.replace(pairs, answers="one")
     with pytest.raises(
-        ValueError, match="record pairs/0 is a preference pair, and this stage would learn its rejected"
+        ValueError, match="record a/0 has neither a rejected answer nor a verdict, and this stage compar"
     ):
-        dataclasses.replace(pairs, pairs=False)
-    with pytest.raises(ValueError, match="record a/0 has no rejected answer, and this stage compares pairs"):
-        dataclasses.replace(rows, pairs=True)
+        dataclasses.replace(rows, answers="pair")
 
 
 def test_a_picture_that_breaks_later_stops_the_run_by_its_name(rows):

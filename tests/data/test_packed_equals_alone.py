@@ -17,6 +17,7 @@ from ain_jax.data.packing import Packing, lay_row
 from ain_jax.data.tiles import TileSettings
 from ain_jax.models.multimodal import MultimodalModel
 from ain_jax.train import losses
+from ain_jax.train.preferences import Preference, preference
 
 FAMILIES = {
     "qwen2_vl": families.QWENS["untied"],
@@ -26,6 +27,14 @@ FAMILIES = {
 # What stands in each conversation, in order: a picture as (width, height), a video as (frames, width, height).
 MEDIA = [[(16, 8), (24, 16)], [(8, 16), (3, 16, 16)], [], [(4, 8, 16), (32, 16)]]
 PACKING = Packing(row_tokens=192, row_patches=320, row_targets=64)
+PREFERENCES = (
+    Preference(beta=0.3, sft=0.5, label_smoothing=0.1),
+    Preference("hinge", beta=0.3),
+    Preference("ipo", beta=2.0),
+    Preference("orpo"),
+    Preference("simpo", beta=2.0, target_margin=1.0, sft=0.5),
+    Preference("kto", undesirable_weight=0.5),
+)
 WORDS = 60  # ids below that are words in every family
 
 
@@ -101,14 +110,15 @@ def test_packed_conversations_and_pairs_learn_as_they_do_alone(name):
     tokens, patches, _ = source.sizes()[:3].sum(axis=0).tolist()
     packing = Packing(row_tokens=-(-tokens // 16) * 16, row_patches=-(-patches // 16) * 16, row_targets=64)
     model = MultimodalModel(config)
-    losses_of = losses.next_token(model, 2), losses.preference(model, 2, beta=0.3)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def both(params, pairs):
-        """One gradient of two losses, compiled once: of every answer's tokens, and of the pairs."""
-        words, preference = losses_of[0](params, {}, pairs.rows, None), losses_of[1](params, {}, pairs, None)
-        return words.loss / words.count + preference.loss / preference.count, (words, preference)
+    def all_losses(params, pairs):
+        """One gradient of all losses, compiled once: of every answer's tokens, of the pairs, of judged answers."""
+        once = worked.Once(model)
+        sums = [losses.next_token(once, 2)(params, {}, pairs.rows, None)]
+        sums += [preference(once, 2, settings)(params, {}, pairs, None) for settings in PREFERENCES]
+        return sum(s.loss / s.count for s in sums), sums
 
     def laid(rows):
         groups_BN = np.full((len(rows), 3), -1, np.int32)
@@ -116,10 +126,11 @@ def test_packed_conversations_and_pairs_learn_as_they_do_alone(name):
         for b, row in enumerate(rows):
             groups_BN[b, : len(row)] = source.group_E[np.array(row, int)]
             reference_BN2[b, : len(row)] = np.reshape([(-20.0 - e, -25.0 + e) for e in row], (-1, 2))
-        return PairBatch(batch(source, config, settings, rows, packing), groups_BN, reference_BN2)
+        good_BN = np.array([[e != 1 for e in [*row, 1, 1, 1][:3]] for row in rows], np.int32)
+        return PairBatch(batch(source, config, settings, rows, packing), groups_BN, reference_BN2, good_BN)
 
-    (packed, packed_sums), packed_gradient = both(params, laid([[1, 0, 2], [], []]))
-    (alone, alone_sums), alone_gradient = both(params, laid([[0], [1], [2]]))
+    (packed, packed_sums), packed_gradient = all_losses(params, laid([[1, 0, 2], [], []]))
+    (alone, alone_sums), alone_gradient = all_losses(params, laid([[0], [1], [2]]))
     assert abs(float(packed) - float(alone)) < 1e-5
     for a, b in zip(packed_sums, alone_sums, strict=True):
         assert float(a.count) == float(b.count) > 0

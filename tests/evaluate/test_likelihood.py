@@ -20,7 +20,7 @@ def nats_of(segment, logs):
 
 def rows_of(source, path, pairs=False):
     plan = pack_plan.plan({"x": source}, None, PACKING, None, 0, path / "plan.npz")
-    return loader.Rows(plan, [source], PACKING, worked.PICTURE, None, pairs=pairs)
+    return loader.Rows(plan, [source], PACKING, worked.PICTURE, None, answers="pair" if pairs else "one")
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 2, 3])

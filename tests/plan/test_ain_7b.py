@@ -9,6 +9,7 @@ import pytest
 from ain_jax.experiment import parse_override, read_bindings, resolve
 from ain_jax.models.config import qwen2_vl_7b, tiny, to_hf
 from ain_jax.plan import compile as compiler
+from ain_jax.plan import flops
 from ain_jax.plan.planned import planned
 from ain_jax.stages import registry
 from ain_jax.stages.common import StageRun
@@ -27,7 +28,7 @@ def test_needs_neither_weights_nor_data(tmp_path):
     run = planned(made, tmp_path, "instruct", jax.devices())
     assert run.config == qwen2_vl_7b()
     assert sum(leaf.size for leaf in jax.tree.leaves(run.layout())) == 8_291_375_616
-    batch = run.batch(pairs=False)
+    batch = run.batch()
     assert batch.tokens_BL.shape == (64, 2048) and batch.patches_BPK.shape == (64, 5376, 3 * 2 * 14 * 14)
     assert compiler.steps_of(run) == 16_785  # 2.2e9 tokens in batches of 131,072
     assert run.model.longest_image == 262_144 // 14**2
@@ -37,7 +38,7 @@ def test_needs_neither_weights_nor_data(tmp_path):
 def test_model_flops(tmp_path):
     """6 for each parameter of the matrices and each token or patch, and the pairs of attention."""
     run = planned(resolved(), tmp_path, "instruct", jax.devices())
-    every = compiler.model_flops(run, needed=False)
+    every = flops.of_step(run, needed=False)
     matrices = 28 * (3584 * (28 + 2 * 4) * 128 + 3584 * 3584 + 3 * 3584 * 18944)
     assert every["decoder"] == 64 * 2048 * 6 * matrices
     assert every["head"] == 64 * 2048 * 6 * 152064 * 3584
@@ -45,10 +46,10 @@ def test_model_flops(tmp_path):
     tower = 1176 * 1280 + 32 * (4 * 1280**2 + 2 * 1280 * 5120)
     assert every["vision"] == 64 * 5376 * 6 * tower
     frozen = planned(resolved('instruct/Optimizer.rates={"visual": 0.0}'), tmp_path, "instruct", jax.devices())
-    needed = compiler.model_flops(frozen, needed=True)
+    needed = flops.of_step(frozen, needed=True)
     assert needed["vision"] == every["vision"] / 3 and needed["head"] == every["head"] / 2
     adapters = planned(resolved("instruct/Lora.rank=8"), tmp_path, "instruct", jax.devices())
-    assert compiler.model_flops(adapters, needed=True)["decoder"] == every["decoder"] * 2 / 3
+    assert flops.of_step(adapters, needed=True)["decoder"] == every["decoder"] * 2 / 3
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path):

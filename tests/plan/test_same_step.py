@@ -28,10 +28,13 @@ Optimizer.rates = {rates}
 Trainer.steps = 2
 Trainer.rows = 2
 Trainer.accumulate = {accumulate}
-Sources.files = {{"talks": "{folder}/talks.jsonl", "pairs": "{folder}/pairs.jsonl"}}
+Sources.files = {{
+    "talks": "{folder}/talks.jsonl", "pairs": "{folder}/pairs.jsonl", "verdicts": "{folder}/verdicts.jsonl"
+}}
 Sources.workers = 1
 instruct/Mixture.weights = {{"talks": 1.0}}
-prefer/Mixture.weights = {{"pairs": 1.0}}
+prefer/Mixture.weights = {{"{judged}": 1.0}}
+prefer/Preference.loss = "{loss}"
 Lora.rank = {rank}
 """
 
@@ -55,15 +58,19 @@ def folder(tokenizer, tokenizer_folder, tmp_path_factory):
     talks = [{"messages": talk(f"كم {n}؟", f"هذه {n}")} for n in range(8)]
     talks.append({"messages": talk("<image>ما هذا؟", "أحمر"), "images": ["red.png"]})
     pairs = [{"messages": talk(f"كم {n}؟", f"هذه {n}"), "rejected": "لا"} for n in range(8)]
-    for name, lines in (("talks", talks), ("pairs", pairs)):
+    verdicts = [{"messages": talk(f"كم {n}؟", f"هذه {n}"), "label": n % 2 == 0} for n in range(8)]
+    for name, lines in (("talks", talks), ("pairs", pairs), ("verdicts", verdicts)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return root
 
 
-def lowered(folder, tmp_path, monkeypatch, stage, rank=0, rates="{}", accumulate=1):
+def lowered(folder, tmp_path, monkeypatch, stage, rank=0, rates="{}", accumulate=1, loss="sigmoid"):
     """(the loop's text, the plan's text) of the same experiment."""
     file, found = tmp_path / "planned.gin", {}
-    text = EXPERIMENT.format(stage=stage, folder=folder, rank=rank, rates=rates, accumulate=accumulate)
+    judged = "verdicts" if loss == "kto" else "pairs"
+    text = EXPERIMENT.format(
+        stage=stage, folder=folder, rank=rank, rates=rates, accumulate=accumulate, judged=judged, loss=loss
+    )
     file.write_text(text, encoding="utf-8")
 
     def stopped(*, update, state, frozen, batches, key, groups, **rest):
@@ -87,6 +94,8 @@ def lowered(folder, tmp_path, monkeypatch, stage, rank=0, rates="{}", accumulate
         ("instruct", {}),
         ("instruct", {"rank": 2, "accumulate": 2}),
         ("prefer", {"rates": '{"visual": 0.0}'}),
+        ("prefer", {"loss": "orpo"}),
+        ("prefer", {"loss": "kto"}),
     ],
 )
 def test_lowers_what_the_loop_runs(folder, tmp_path, monkeypatch, stage, more):

@@ -15,6 +15,7 @@ from ain_jax.data.batch import Batch
 from ain_jax.data.packing import Packing, pack
 from ain_jax.models.multimodal import MultimodalModel, init_params
 from ain_jax.train import losses
+from ain_jax.train.preferences import Preference, preference
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 TEXT = Packing(row_tokens=48, row_targets=24)
@@ -84,7 +85,7 @@ def test_a_policy_that_is_its_own_reference_pays_log_2():
     params, model = worked.table(), worked.Bigram()
     pairs = worked.pair_batch(PAIRS, [[1], [0, 2]], 2, Packing(row_tokens=64, row_patches=64, row_targets=40))
     same = dataclasses.replace(pairs, reference_BN2=np.asarray(losses.pair_log_probs(model, params, pairs)[0]))
-    (value, sums), gradient = with_gradient(losses.preference(model, 2, beta=0.5))(params, same)
+    (value, sums), gradient = with_gradient(preference(model, 2, Preference(beta=0.5)))(params, same)
     assert float(value) / float(sums.count) == pytest.approx(math.log(2), abs=1e-6)
     for name, expected in {"margin": 0.0, "drift": 0.0, "accuracy": 0.0, "loss": math.log(2)}.items():
         total_G, count_G = sums.parts[name]
@@ -178,7 +179,7 @@ def test_preference_by_hand():
     ratio = {e: [answer(e, w) - pairs.reference_BN2[*places[e], w] for w in (0, 1)] for e in places}
     margin = {e: beta * (r[0] - r[1]) for e, r in ratio.items()}
     cost = {e: math.log1p(math.exp(-m)) for e, m in margin.items()}
-    sums = losses.preference(worked.Bigram(), 2, beta)(params, {}, pairs, None)
+    sums = preference(worked.Bigram(), 2, Preference(beta=beta))(params, {}, pairs, None)
     assert float(sums.loss) == pytest.approx(sum(cost.values()), abs=1e-4)
     assert float(sums.count) == 3
     for name, values in {"loss": cost, "margin": margin, "drift": {e: r[0] for e, r in ratio.items()}}.items():
@@ -186,7 +187,7 @@ def test_preference_by_hand():
         np.testing.assert_array_equal(sums.parts[name][1], [2, 1])
     nll = {e: -answer(e, 0) / worked.segments(PAIRS, e)[0].learn_L[1:].sum() for e in places}
     np.testing.assert_allclose(sums.parts["nll"][0], [nll[0] + nll[2], nll[1]], atol=1e-4)
-    added = losses.preference(worked.Bigram(), 2, beta, sft=0.7)(params, {}, pairs, None)
+    added = preference(worked.Bigram(), 2, Preference(beta=beta, sft=0.7))(params, {}, pairs, None)
     assert float(added.loss) == pytest.approx(sum(cost.values()) + 0.7 * sum(nll.values()), abs=1e-4)
     np.testing.assert_array_equal(added.parts["loss"][0], sums.parts["loss"][0])
     right = {e: float(m > 0) for e, m in margin.items()}
