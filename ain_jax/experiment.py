@@ -205,6 +205,17 @@ class Resolved:
     def stage(self, name: str) -> Mapping[str, Any]:
         return self.settings[name]
 
+    def defaults(self, stage: str) -> list[str]:
+        """The lines of `text` that a stage would have if nothing were bound, of the settings that have a default."""
+        lines = []
+        for value in self.settings[stage].values():
+            for field in dataclasses.fields(value):
+                made = field.default_factory
+                default = field.default if made is dataclasses.MISSING else made()
+                if default is not dataclasses.MISSING:
+                    lines.append(f"{stage}/{type(value).__name__}.{field.name} = {_literal(default)}")
+        return lines
+
     def text(self, origins: bool = True) -> str:
         """The operative configuration: every value in force, as a gin file that resolves to the same settings.
 

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ain_jax import report_measures
 from ain_jax.evaluate import scores
-from ain_jax.train import metrics
+from ain_jax.train import metrics, watch
 
 INK, GRID, SERIES = "#000001", "#000002", "#0000a{}"  # stand for the page's own colours, which differ by light and dark
 COLOURS = 8  # of the page, for series
@@ -74,7 +74,12 @@ def render(summary: Mapping[str, Any], root: Path, config: str) -> str:
         language=report_measures.language,
         claims=report_measures.verdicts(summary),
         held=report_measures.held(report_measures.verdicts(summary)),
-        plots=[p for p in (plot(stage, metrics.read(root / stage / "metrics.jsonl")) for stage in stages) if p],
+        plots=[p for stage in stages for p in plots(stage, root / stage)],
+        learns={
+            stage: json.loads(path.read_text("utf-8"))
+            for stage in stages
+            if (path := root / stage / "learns.json").is_file()  # by stages/learning.py, which imports far more
+        },
         fertility=(summary.get("stages", {}).get("extend_tokenizer") or {}).get("fertility") or {},
         samples=samples(root / "evaluate" / "shown", [report_measures.BEFORE, *stages]),
         config=config,
@@ -82,27 +87,57 @@ def render(summary: Mapping[str, Any], root: Path, config: str) -> str:
     )
 
 
+def plots(stage: str, folder: Path) -> list[Plot]:
+    """The curves of a stage's losses, and of the held-out texts that it watched."""
+    found = plot(stage, metrics.read(folder / "metrics.jsonl")), watch_plot(stage, watch.read(folder))
+    return [one for one in found if one]
+
+
 def plot(stage: str, lines: Sequence[Mapping[str, Any]]) -> Plot | None:
     """The curves of every number called `loss` or `loss/...`, smoothed; None where a stage logged none."""
     names = ["loss", *sorted({name for line in lines for name in line if name.startswith("loss/")})]
-    points = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
-    names = [name for name in names if points[name]]
-    if not names:
+    points = _points(names, lines)
+    if not points:
         return None
-    steps = int(lines[-1]["step"])
-    window = max(1, steps // 25)
     told = {name for line in lines for name in line}
     unit = "nats per pair" if "margin" in told else "nats per token"
     unit = "loss per judged answer" if "baseline" in told else unit
-    looks = _looks([name for name in names if name != "loss"])
+    called = lambda name: name.removeprefix("loss/preference/").removeprefix("loss/") if name != "loss" else "all"
+    return _drawn(stage, unit, f"loss, {unit}", points, max(1, int(lines[-1]["step"]) // 25), called)
+
+
+def watch_plot(stage: str, lines: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """The curves of bits per byte, from before the first step on; None where nothing was watched."""
+    told = [{f"watch/{name}" if name != "step" else name: value for name, value in line.items()} for line in lines]
+    points = _points(sorted({name for line in told for name in line if name != "step"}), told)
+    called = lambda name: name.removeprefix("watch/")
+    return _drawn(f"{stage}: held-out texts", "bits per byte", "bits per byte", points, 1, called) if points else None
+
+
+def _points(names: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by name, of the names that occur."""
+    points = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
+    return {name: values for name, values in points.items() if values}
+
+
+def _drawn(
+    stage: str,
+    unit: str,
+    label: str,
+    points: Mapping[str, Sequence[tuple[int, float]]],
+    window: int,
+    called: Callable[[str], str],
+) -> Plot:
+    """The curves as means over `window` neighbours, each in its own look."""
+    looks = _looks([name for name in points if "/" in name])
     series = []
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 10, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         axes = figure.subplots()
-        for name in names:
+        for name, values in points.items():
             colour, dash = looks.get(name, (0, ()))
-            steps_S, values_S = [s for s, _ in points[name]], _smooth([v for _, v in points[name]], window)
+            steps_S, values_S = [s for s, _ in values], _smooth([v for _, v in values], window)
             line = axes.plot(
                 steps_S,
                 values_S,
@@ -116,16 +151,16 @@ def plot(stage: str, lines: Sequence[Mapping[str, Any]]) -> Plot | None:
             if dash:
                 line.set_dashes(dash)
             drawn = " ".join(f"{length * 1.6:g}" for length in dash)
-            called = name.removeprefix("loss/preference/").removeprefix("loss/") if name in looks else "all"
-            series.append(Series(called, colour, drawn, values_S[0], values_S[-1]))
+            series.append(Series(called(name), colour, drawn, values_S[0], values_S[-1]))
         axes.set_xlabel("step", color=INK)
-        axes.set_ylabel(f"loss, {unit}", color=INK)
+        axes.set_ylabel(label, color=INK)
         axes.grid(axis="y", color=GRID, linewidth=0.6)
         axes.tick_params(colors=INK, length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GRID)
         svg = _svg(figure)
-    return Plot(stage, unit, steps, window, svg, series)
+    steps = max(values[-1][0] for values in points.values())
+    return Plot(stage, unit, int(steps), window, svg, series)
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[int, tuple[float, ...]]]:

@@ -34,7 +34,7 @@ from ain_jax.launching import TOLD, Interrupted, OtherProcess
 NEUTRAL = (
     *("Trainer.save_seconds", "Trainer.keep", "Trainer.keep_every", "Trainer.bad_steps", "Trainer.bad_steps_in_all"),
     *("Trainer.peak_tflops", "Evaluation.shown", "Model.remat", "Model.size", "Budget.tokens"),
-    "Experiment.description",
+    *("Watch.every", "Watch.stop_rise", "Experiment.description"),
 )
 LAST_SECONDS = 5
 LOST = 75  # the exit status of a process that lost the others (EX_TEMPFAIL)
@@ -87,20 +87,21 @@ def main(
     try:
         path = find_experiment(asked.exp, experiments)
         from ain_jax.launching import signals
-        from ain_jax.stages import registry  # imports jax: a mistyped name is told before that
+        from ain_jax.stages import learning, registry  # import jax: a mistyped name is told before that
 
         bindings = read_bindings(path)
         overrides = [parse_override(text) for text in asked.overrides]
         resolved = resolve(bindings, registry.SETTINGS, overrides)
-        if asked.stage and asked.stage not in resolved.experiment.stages:
-            known = resolved.experiment.stages
+        stages = resolved.experiment.stages
+        if asked.stage and asked.stage not in stages:
             raise ExperimentError(
-                f"--stage {asked.stage!r}: {resolved.experiment.name} has no such stage: {nearest(asked.stage, known)}"
+                f"--stage {asked.stage!r}: {resolved.experiment.name} has no such stage: {nearest(asked.stage, stages)}"
             )
         root = asked.run_dir or Path("runs") / resolved.experiment.name
         _check_stages(resolved, root)
         if asked.dry_run:
             print(resolved.text(), end="")
+            learning.show_planned(resolved, root, (s for s in stages if resolved.experiment.kind(s) in registry.LOSS))
             return 0
         with signals.at_once():
             join()
@@ -157,7 +158,7 @@ def run(resolved: Resolved, root: Path, only: str | None = None, profile: bool =
     """Run the stages in order, or one of them; write the summary and the report when all are finished."""
     from ain_jax import report
     from ain_jax.launching.processes import of_first
-    from ain_jax.stages import registry
+    from ain_jax.stages import learning, registry
 
     order = resolved.experiment.stages
     of_first(lambda: _begin(resolved, root))
@@ -167,13 +168,17 @@ def run(resolved: Resolved, root: Path, only: str | None = None, profile: bool =
             _say(f"{stage:16} finished before")
             continue
         of_first(lambda stage=stage: _begin_stage(resolved, root, stage))
-        began = time.monotonic()
+        began, kind = time.monotonic(), resolved.experiment.kind(stage)
         try:
-            numbers = registry.RUN[resolved.experiment.kind(stage)](registry.StageRun(resolved, root, stage, profile))
+            stage_run = registry.StageRun(resolved, root, stage, profile)
+            if kind in registry.LOSS:
+                learning.tell(stage_run)
+            numbers = registry.RUN[kind](stage_run)
         except BaseException:
-            # Refused before it began: nothing holds it to these settings.
-            if here.is_dir() and [p.name for p in here.iterdir()] == ["config.gin"]:
-                (here / "config.gin").unlink(missing_ok=True)
+            written = {p.name for p in here.iterdir()} if here.is_dir() else set()
+            if written <= {"config.gin", learning.FILE}:  # refused before it began: nothing holds it to that
+                for name in written:
+                    (here / name).unlink(missing_ok=True)
             raise
         seconds = time.monotonic() - began
 
@@ -271,6 +276,9 @@ def check_folder(resolved: Resolved, root: Path) -> None:
             continue
         before = stored.read_text("utf-8").splitlines()
         now = _lines(resolved, stage)
+        known, fresh = {line.partition(" = ")[0] for line in before}, set(resolved.defaults(stage))
+        # A setting that came later than the folder, at its default, was in force already.
+        now = [line for line in now if line.partition(" = ")[0] in known or line not in fresh]
         if before != now:
             was, will = sorted(set(before) - set(now)), sorted(set(now) - set(before))
             raise ValueError(

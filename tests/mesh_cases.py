@@ -20,6 +20,7 @@ from ain_jax.train.preferences import Preference, preference
 STEPS = 10
 ROWS = 8
 LORA = lora.Lora(rank=4, alpha=16.0, targets=(lora.ALL_LINEAR, "embed_tokens", "lm_head"))
+DORA = dataclasses.replace(LORA, dora=True)
 # Eight query heads, that eight devices can share, of two key heads, that they cannot.
 # Five layers: no other axis has such a size, and what holds all layers is told by its shape.
 QWEN = tiny(tied=False, layers=5, heads=8, kv_heads=2, head_width=8, mrope_section=(2, 1, 1))
@@ -34,7 +35,7 @@ class Case:
     batch: Any
     settings: optimizer.Optimizer
     preference: Preference | None = None
-    adapters: bool = False
+    adapters: lora.Lora | None = None
     remat: str = "none"
     accumulate: int = 1
     param_dtype: Any = jnp.float32
@@ -47,11 +48,11 @@ class Case:
         params = multimodal.init_params(self.config, jax.random.key(0), layout)
         model = multimodal.MultimodalModel(self.config, self.dtype, self.remat)
         loss = preference(model, 2, self.preference) if self.preference else losses.next_token(model, 2)
-        if not self.adapters:
+        if (adapters := self.adapters) is None:
             return params, {}, loss
-        drawn = lora.init(LORA, self.config, jax.random.key(1))
+        drawn = lora.init(adapters, self.config, jax.random.key(1), params)
         places = sharding.shardings(lora.axis_names(drawn, names), drawn, mesh)
-        aim = lambda halves, base, *rest: loss(base, {"lora": lora.scaled(halves, LORA)}, *rest)
+        aim = lambda halves, base, *rest: loss(base, {"lora": lora.scaled(halves, adapters)}, *rest)
         return jax.tree.map(jax.device_put, drawn, places), params, aim
 
     def made(self, mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, Any, Any, Any]]:
@@ -199,8 +200,8 @@ def cases() -> dict[str, Case]:
         "tiles": Case(tiles, _tiled(tiles), adam),
         "windows": Case(gemma, Batch(**_packed()), faster),
         "pairs": Case(QWEN, _pictures(pairs=True), adam, Preference(beta=0.5, sft=1.0)),
-        "judged and adapters": Case(QWEN, _judged(), slower, Preference("kto", beta=0.5), adapters=True),
-        "adapters": Case(QWEN, _pictures(), slower, adapters=True),
+        "judged and adapters": Case(QWEN, _judged(), slower, Preference("kto", beta=0.5), adapters=DORA),
+        "adapters": Case(QWEN, _pictures(), slower, adapters=LORA),
         "muon": dataclasses.replace(
             pictures,
             settings=dataclasses.replace(adam, matrix_rate=1e-2, rates={"visual": 0.5, "model/embed_tokens": 0.0}),

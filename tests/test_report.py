@@ -418,6 +418,30 @@ def test_curves_are_named_smoothed_and_say_their_unit():
     assert report_page.plot("export", []) is None
 
 
+def test_watched_texts_have_curves_from_before_the_first_step(tmp_path):
+    lines = [
+        {"step": 0, "documents/ar": 3.0, "documents/en": 1.0},
+        {"step": 9, "documents/ar": 2.0, "documents/en": 1.5},
+    ]
+    (tmp_path / "watch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (plot,) = report_page.plots("instruct", tmp_path)
+    assert (plot.stage, plot.unit, plot.steps) == ("instruct: held-out texts", "bits per byte", 9)
+    assert [(s.name, s.first, s.last) for s in plot.series] == [("documents/ar", 3.0, 2.0), ("documents/en", 1.0, 1.5)]
+    looks = report_page._looks(["loss/documents/ar", "loss/documents/en"])
+    assert [s.colour for s in plot.series] == [look[0] for look in looks.values()]  # a language keeps its own
+
+
+def test_what_learns_is_on_the_page(run):
+    part = {"module": "visual/merger", "parameters": 12464, "learns": 0, "rate": "frozen", "by": "rank <4>"}
+    told = {"parameters": 66368, "learns": 1600, "modules": [part]}
+    (run / "pretrain").mkdir(exist_ok=True)
+    (run / "pretrain" / "learns.json").write_text(json.dumps(told), encoding="utf-8")
+    page = report_page.render(a_summary(), run, CONFIG)
+    assert "pretrain: 1,600 numbers learn, in a model of 66,368" in page
+    for words in ("visual/merger", "12,464", "frozen", "rank &lt;4&gt;"):
+        assert f">{words}<" in page
+
+
 def test_a_language_keeps_its_colour_and_a_source_its_dash():
     one = report_page._looks(["loss/documents/ar", "loss/documents/en"])
     two = report_page._looks(["loss/name/en", "loss/read/ar", "loss/read/en"])

@@ -116,6 +116,18 @@ def test_changed_settings_of_a_stage_that_has_begun_are_refused(go, done, tmp_pa
     assert json.loads((tmp_path / "run" / "second" / "result.json").read_text())["numbers"]["steps"] == 5
 
 
+def test_a_setting_that_came_later_than_the_folder_was_at_its_default(go, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Later:
+        share: float = 0.5
+
+    assert go()[0] == 0
+    monkeypatch.setitem(registry.SETTINGS, "first", (Trainer, Later))
+    assert go()[0] == 0
+    status, _, err = go("--set", "first/Later.share=0.4")
+    assert status == 1 and "was begun with\n  (nothing)\nand this run has\n  first/Later.share = 0.4" in err
+
+
 def test_a_change_behind_a_number_sign_is_seen(go, monkeypatch, tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Text:

@@ -82,6 +82,23 @@ def low_rank(spec: str, x, a, b):
     return jnp.einsum(f"{middle},r{new}->{output}", jnp.einsum(f"{given},{summed}r->{middle}", x, a), b)
 
 
+TINY = float(np.finfo(np.float32).tiny)  # the square of a column of zeros, as a padded row of a head is
+
+
+def norms(weight, a, b, inputs: int):
+    """The length of each column of `weight + a·b`, over its first `inputs` axes, in float32; the sum is never made.
+
+    |w + Ab|^2 = |w|^2 + 2 b·(A^T w) + b·(A^T A) b of a column w, where b is the same column of `b`.
+    """
+    weight, a, b = (x.astype(jnp.float32) for x in (weight, a, b))
+    axes = tuple(range(inputs))
+    # An accelerator's default precision would round both to bfloat16 first.
+    over = partial(jnp.tensordot, axes=(axes, axes), precision="highest")
+    turned = jnp.tensordot(over(a, a), b, 1, precision="highest")
+    square = jnp.sum(jnp.square(weight), axes) + jnp.sum(b * (2 * over(a, weight) + turned), axis=0)
+    return jnp.sqrt(jnp.maximum(square, TINY))
+
+
 class Einsum(nn.Module):
     """`x` contracted with one weight as `spec` says, e.g. "BLD,DNH->BLNH", plus a bias over the new axes."""
 
@@ -108,6 +125,9 @@ class Einsum(nn.Module):
             a, b = _pair(self)
             a, b = gathered(a, (*self.axes[:axes], "rank")), gathered(b, ("rank", *self.axes[axes:]))
             y = y + low_rank(self.spec, x.astype(self.dtype), a, b)
+            if self.has_variable("lora", "magnitude"):
+                share = _share(self, weight, axes)
+                y = (y.astype(jnp.float32) * jnp.expand_dims(share, tuple(range(y.ndim - share.ndim)))).astype(y.dtype)
         if self.bias:
             kept = [i for i, gone in enumerate(summed) if not gone]
             assert output.endswith("".join(letters[i] for i in kept)), f"{self.spec}: the bias needs the new axes last"
@@ -176,6 +196,9 @@ class Embedding(nn.Module):
         if self.has_variable("lora", "a"):
             a_Vr, b_rD = _pair(self)
             x_BLD = x_BLD + jnp.einsum("BLr,rD->BLD", read(a_Vr), b_rD)
+            if self.has_variable("lora", "magnitude"):
+                share_D = _share(self, self.weight, 1)
+                x_BLD = (x_BLD.astype(jnp.float32) * share_D[None, None]).astype(self.dtype)
         for axes in (("readers", None, "embed"), ("readers", "positions", "read"), ("rows", "positions", None)):
             x_BLD = constrain(x_BLD, axes)
         return x_BLD
@@ -188,6 +211,9 @@ class Embedding(nn.Module):
             a, b = _pair(self)
             first, second_Vr = (a, b.T) if self.head else (b.T, a)
             pairs.append((jnp.einsum("...D,Dr->...r", x, gathered(first, ("embed", "rank"))), second_Vr))
+        if self.head and self.has_variable("lora", "magnitude"):
+            share_V = _share(self, self.weight.T, 1)
+            pairs = [(y, (w.astype(jnp.float32) * share_V[:, None]).astype(self.dtype)) for y, w in pairs]
         return pairs
 
     def scores(self, x):
@@ -202,6 +228,15 @@ class Embedding(nn.Module):
 def _pair(module: nn.Module) -> list[Any]:
     """The module's adapters a and b, of the collection that `lora.scaled` makes."""
     return [module.get_variable("lora", half).astype(module.dtype) for half in ("a", "b")]
+
+
+def _share(module: nn.Module, weight: Any, inputs: int) -> Any:
+    """What DoRA multiplies each output of a module by: its magnitude over the length of its column.
+
+    No gradient goes through the length (arXiv 2402.09353, section 4.3).
+    """
+    a, b, magnitude = (module.get_variable("lora", name) for name in ("a", "b", "magnitude"))
+    return magnitude / jax.lax.stop_gradient(norms(weight, a, b, inputs))
 
 
 def frequencies(count: int, theta: Any) -> Array:

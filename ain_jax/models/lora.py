@@ -11,6 +11,12 @@ So `a` has the summed axes and `b` the new ones; the head, published as a linear
 are summed is read off the weight table, whose layouts put the outputs of a published matrix first.
 
 The scale is folded into nothing: `scaled` gives the Linen collection that the modules add, `merge` the whole weights.
+
+With `dora` (arXiv 2402.09353) a third array stands beside: "magnitude", one number for each output, which the length of
+its column of `weight + scale * a·b` is brought to. It begins as the length of the weight's own column:
+
+    model/layers/self_attn/q_proj   magnitude  layers N H     over D
+    model/embed_tokens              magnitude  D              over V
 """
 
 import math
@@ -27,6 +33,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ain_jax.experiment import nearest
 from ain_jax.models.config import ModelConfig
+from ain_jax.models.layers import TINY, norms
 from ain_jax.weights.table import groups, published, sizes
 
 ALL_LINEAR = "all-linear"
@@ -48,6 +55,7 @@ class Lora:
     rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dora: bool = False  # the lengths of columns learn by themselves, beside their directions
 
     def __post_init__(self):
         if self.rank < 0 or not self.alpha > 0:
@@ -59,6 +67,8 @@ class Lora:
             raise ValueError(f"rank_pattern, alpha_pattern = {below}: expected ranks and alphas above 0")
         if not self.rank and self.rank_pattern:
             raise ValueError(f"rank_pattern = {dict(self.rank_pattern)}, but rank = 0 adapts nothing: set rank")
+        if not self.rank and self.dora:
+            raise ValueError("dora = True, but rank = 0 adapts nothing: set rank")
 
     def rank_of(self, path: str) -> int:
         """The rank of the module at this path."""
@@ -88,6 +98,10 @@ class Site:
         stack = () if self.layers is None else (self.layers,)
         inputs, outputs = (tuple(letters[letter] for letter in side) for side in (self.inputs, self.outputs))
         return (*stack, *inputs, rank), (*stack, rank, *outputs)
+
+    def magnitude(self, letters: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the magnitudes."""
+        return (*(() if self.layers is None else (self.layers,)), *(letters[letter] for letter in self.outputs))
 
 
 def sites(config: ModelConfig) -> dict[str, Site]:
@@ -124,13 +138,21 @@ def targeted(settings: Lora, config: ModelConfig) -> dict[str, Site]:
     for name in ("rank_pattern", "alpha_pattern"):
         keys = [key for key in getattr(settings, name) if not any(_names(key, path) for path in chosen)]
         faults += [f"{name} names {key!r}, which no target ends in: {nearest(key, ends(chosen))}" for key in keys]
+    tied_table = settings.dora and config.text.tied and [path for path in chosen if known[path].is_table]
+    if tied_table:
+        faults.append(
+            f"dora adapts {tied_table[0]}, to which this model's head is tied: the columns of the two are not the same "
+            "ones, and PEFT gives each a magnitude of its own; take it out of targets, or set dora = False"
+        )
     if known and faults:
         raise ValueError("Lora: " + "; ".join(faults))
     return {path: site for path, site in known.items() if path in chosen}
 
 
-def init(settings: Lora, config: ModelConfig, key) -> dict[str, Any]:
+def init(settings: Lora, config: ModelConfig, key, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fresh pairs, float32, as one nested dict; the adapted model is at first the base itself, since a·b is 0.
+
+    `params`, the base, are what magnitudes are measured on.
 
     As PEFT draws them: `a` uniform up to 1 / sqrt(fan in) and `b` 0. In an embedding the other way round, `a` 0 and `b`
     standard normal, so that ids that are never seen keep their rows. Each is drawn on the host from the key and its own
@@ -149,6 +171,10 @@ def init(settings: Lora, config: ModelConfig, key) -> dict[str, Any]:
             bound = math.prod(letters[letter] for letter in site.inputs) ** -0.5
             a = generator.uniform(-bound, bound, shape_a).astype(np.float32)
         flat |= {f"{path}/a": jnp.asarray(a), f"{path}/b": jnp.asarray(b)}
+        if settings.dora:
+            assert params is not None, "magnitudes are those of the base's weights"
+            weight = flatten_dict(dict(params), sep="/")[f"{path}/weight"]
+            flat[f"{path}/magnitude"] = _lengths(weight, a, b, _is_head(path))
     return unflatten_dict(flat, sep="/")
 
 
@@ -158,6 +184,8 @@ def abstract(settings: Lora, config: ModelConfig) -> dict[str, Any]:
     for path, site in targeted(settings, config).items():
         for half, shape in zip("ab", site.shapes(settings.rank_of(path), letters), strict=True):
             flat[f"{path}/{half}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        if settings.dora:
+            flat[f"{path}/magnitude"] = jax.ShapeDtypeStruct(site.magnitude(letters), jnp.float32)
     return unflatten_dict(flat, sep="/")
 
 
@@ -167,11 +195,18 @@ def pairs(adapters: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for name, array in flatten_dict(dict(adapters), sep="/").items():
         path, _, half = str(name).rpartition("/")
         halves.setdefault(path, {})[half] = array
-    wrong = [f"{path or 'the root'} holds {', '.join(h)}" for path, h in halves.items() if h.keys() != {"a", "b"}]
+    own = lambda held: held.keys() - {"magnitude"} == {"a", "b"}
+    wrong = [f"{path or 'the root'} holds {', '.join(held)}" for path, held in halves.items() if not own(held)]
     if wrong:
         raise ValueError(f"this is no tree of adapters: {'; '.join(wrong)}; expected a and b under each module's path")
     for path, pair in halves.items():
         yield path, pair["a"], pair["b"]
+
+
+def magnitudes(adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """By path of the module, the magnitudes of DoRA."""
+    flat = {str(name): array for name, array in flatten_dict(dict(adapters), sep="/").items()}
+    return {name.removesuffix("/magnitude"): m for name, m in flat.items() if name.endswith("/magnitude")}
 
 
 def scaled(adapters: Mapping[str, Any], settings: Lora) -> dict[str, Any]:
@@ -179,7 +214,10 @@ def scaled(adapters: Mapping[str, Any], settings: Lora) -> dict[str, Any]:
 
     model.apply({"params": params, "lora": scaled(adapters, settings)}, ...)
     """
-    flat, faults = {}, []
+    flat, faults = (
+        {f"{path}/magnitude": m for path, m in magnitudes(adapters).items()},
+        _magnitude_faults(adapters, settings),
+    )
     for path, a, b in pairs(adapters):
         if a.shape[-1] != settings.rank_of(path):
             faults.append(_rank_fault(path, a, settings))
@@ -191,10 +229,12 @@ def scaled(adapters: Mapping[str, Any], settings: Lora) -> dict[str, Any]:
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], settings: Lora) -> dict[str, Any]:
     """The parameters with `scale * a·b` added to the adapted weights: summed in float32, kept in the weight's dtype.
 
+    With magnitudes each column of the sum is then brought to its own.
+
     The head of a tied model is its embedding and changes with it, as it does in the forward.
     """
     flat: dict[str, Any] = dict(flatten_dict(dict(params), sep="/"))
-    faults = []
+    faults, lengths = _magnitude_faults(adapters, settings), magnitudes(adapters)
     for path, a, b in pairs(adapters):
         weight = flat.get(f"{path}/weight")
         if weight is None:
@@ -208,19 +248,35 @@ def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], settings: Lora
             )
     _stop(faults)
     for path, a, b in pairs(adapters):
-        flat[f"{path}/weight"] = _added(flat[f"{path}/weight"], a, b, settings.scale_of(path), _is_head(path))
+        weight, scale = flat[f"{path}/weight"], settings.scale_of(path)
+        flat[f"{path}/weight"] = _added(weight, a, b, lengths.get(path), scale, _is_head(path))
     return unflatten_dict(flat, sep="/")
 
 
 @partial(jax.jit, static_argnames="is_head")
-def _added(weight, a, b, scale: float, is_head: bool):
+def _added(weight, a, b, magnitude, scale: float, is_head: bool):
     stack, rank = weight.shape[: _stacked(a.shape, b.shape, weight.ndim)], a.shape[-1]
     a = a.astype(jnp.float32).reshape(*stack, -1, rank)
     b = b.astype(jnp.float32).reshape(*stack, rank, -1)
     # An accelerator's default precision would round both to bfloat16 first.
     product = scale * jnp.matmul(a, b, precision="highest")
     product = (product.mT if is_head else product).reshape(weight.shape)
-    return (weight.astype(jnp.float32) + product).astype(weight.dtype)
+    total = weight.astype(jnp.float32) + product
+    if magnitude is not None:
+        outputs = magnitude.ndim - len(stack)
+        first, last = (len(stack) + outputs, weight.ndim) if is_head else (len(stack), weight.ndim - outputs)
+        square = jnp.sum(jnp.square(total), axis=tuple(range(first, last)), keepdims=True)
+        length = jnp.sqrt(jnp.maximum(square, TINY))
+        total = total * (jnp.expand_dims(magnitude, tuple(range(first, last))) / length)
+    return total.astype(weight.dtype)
+
+
+def _lengths(weight, a, b, is_head: bool) -> jax.Array:
+    """The lengths of a weight's columns beside a pair, of a stack layer by layer."""
+    stacked = _stacked(a.shape, b.shape, weight.ndim)
+    one = lambda w, a, b: norms(w.T if is_head else w, a, b, a.ndim - 1)
+    each = (lambda *of_all: jax.lax.map(lambda of_layer: one(*of_layer), of_all)) if stacked else one
+    return jax.jit(each)(weight, a, b)
 
 
 def axis_names(adapters: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,12 +290,14 @@ def axis_names(adapters: Mapping[str, Any], params: Mapping[str, Any]) -> dict[s
         outputs = b.ndim - stacked - 1
         inputs, new = (axes[outputs:], axes[:outputs]) if _is_head(path) else (axes[:-outputs], axes[-outputs:])
         flat |= {f"{path}/a": (*stack, *inputs, "rank"), f"{path}/b": (*stack, "rank", *new)}
+        if path in magnitudes(adapters):
+            flat[f"{path}/magnitude"] = (*stack, *new)
     return unflatten_dict(flat, sep="/")
 
 
 def count(adapters: Mapping[str, Any]) -> int:
-    """How many numbers the pairs hold."""
-    return sum(a.size + b.size for _, a, b in pairs(adapters))
+    """How many numbers the pairs hold, magnitudes among them."""
+    return sum(leaf.size for leaf in jax.tree.leaves(adapters))
 
 
 def _names(end: str, path: str) -> bool:
@@ -270,6 +328,20 @@ def _product_shape(path: str, a: tuple[int, ...], b: tuple[int, ...], ndim: int)
 
 def _rank_fault(path: str, a: Any, settings: Lora) -> str:
     return f"{path}: a {tuple(a.shape)} has rank {a.shape[-1]}, the settings say {settings.rank_of(path)}"
+
+
+def _magnitude_faults(adapters: Mapping[str, Any], settings: Lora) -> list[str]:
+    found, faults = magnitudes(adapters), []
+    for path, a, b in pairs(adapters):
+        if (path in found) != settings.dora:
+            faults.append(
+                f"{path} has {'a' if path in found else 'no'} magnitude, the settings say dora = {settings.dora}"
+            )
+        elif settings.dora and found[path].size * a.shape[-1] != b.size:
+            faults.append(
+                f"{path}: magnitude {tuple(found[path].shape)}, expected one number for each output of b {b.shape}"
+            )
+    return faults
 
 
 def _stop(faults: list[str]) -> None:

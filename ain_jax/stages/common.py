@@ -170,8 +170,7 @@ class StageRun:
             if not folder.is_dir():
                 raise ValueError(f"{folder} is not there yet: run the stage {EXTEND} first")
             return folder
-        if not self.base.is_dir():
-            raise ValueError(f"Model.folder = {str(self.base)!r} is not there: give the folder of a published model")
+        _refuse_missing(self.base)
         return self.templated.folder if self.templated else self.base
 
     @functools.cached_property
@@ -246,6 +245,7 @@ class StageRun:
 
     def _published(self, folder: Path) -> ModelConfig:
         """The config of a published folder, which must hold what `Model.size` names."""
+        _refuse_missing(folder)
         config, size = load.load_config(folder), self.get(Model).size
         if size:
             theirs, ours = (
@@ -499,14 +499,14 @@ class StageRun:
         key = jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
         return init_params(self.config, key, self.layout())
 
-    def initial_adapters(self) -> Any:
-        """The low-rank pairs that this stage begins with."""
-        drawn = lora.init(self.get(Lora), self.config, jax.random.key(self.seed("adapters")))
+    def initial_adapters(self, params: Any) -> Any:
+        """The low-rank pairs that this stage begins with, beside these parameters."""
+        drawn = lora.init(self.get(Lora), self.config, jax.random.key(self.seed("adapters")), params)
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), drawn, self.adapters_layout())
 
     def trained_adapters(self, stage: str, step: int | None = None) -> Any:
         """The low-rank pairs that a stage ended with, or had at a step."""
-        return self._saved(stage, self.of(stage).initial_adapters(), step)
+        return self._saved(stage, self.of(stage).adapters_layout(), step)
 
     def trained_params(self, stage: str, step: int | None = None) -> Any:
         """The parameters that a stage ended with, or had at a step whose checkpoint is kept; its parts put in."""
@@ -547,6 +547,11 @@ class StageRun:
 
     def _saved(self, stage: str, like: Any, step: int | None) -> Any:
         return checkpoint.load_params(self.root / stage / "checkpoints", like, step, self.tokenizer_mark)
+
+
+def _refuse_missing(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"Model.folder = {str(folder)!r} is not there: give the folder of a published model")
 
 
 def source_parts(name: str) -> tuple[str, str]:

@@ -23,11 +23,12 @@ from ain_jax.train.loop import Trainer
 from ain_jax.train.losses import Loss, NextToken
 from ain_jax.train.optimizer import Optimizer
 from ain_jax.train.preferences import Preference
+from ain_jax.train.watch import Watch
 from ain_jax.weights.embeddings import Embeddings
 
 _DATA = (Sources, SampleParams)
 _MODEL = (*_DATA, Packing, Chat, Loader, ImageSettings, Model, Mesh)
-_TRAINING = (*_MODEL, Mixture, Vocabulary, Start, Lora, Optimizer, Trainer, Budget)
+_TRAINING = (*_MODEL, Mixture, Vocabulary, Start, Lora, Optimizer, Trainer, Watch, Budget)
 
 SETTINGS: Mapping[str, tuple[type, ...]] = {
     "extend_tokenizer": (Tokenizer, Embeddings, *_DATA, Chat, Model, Mesh),

@@ -15,10 +15,11 @@ from ain_jax.data.mixture import Mixture
 from ain_jax.models import lora
 from ain_jax.models.lora import Lora
 from ain_jax.plan import flops
+from ain_jax.stages import watching
 from ain_jax.stages.common import EXTEND, StageRun, Start
 from ain_jax.tokenizer import schedule
 from ain_jax.tokenizer.schedule import Vocabulary
-from ain_jax.train import checkpoint, losses, metrics, optimizer, peaks, rows, state, step
+from ain_jax.train import checkpoint, losses, metrics, optimizer, peaks, rows, state, step, watch
 from ain_jax.train.loop import Trainer, train
 from ain_jax.train.losses import Loss
 from ain_jax.train.measures import Work
@@ -67,6 +68,7 @@ def check(run: StageRun) -> None:
             f"{run.stage}/Vocabulary.parts = {growing} grows rows by phases of its own, which neither adapters nor a "
             "mixture with phases allow: leave Lora.rank and Mixture.phases out"
         )
+    watching.check(run)
 
 
 def next_token(run: StageRun, groups: int) -> Loss:
@@ -100,10 +102,11 @@ def fit(run: StageRun, params: Any, loss: Loss, data: loader.Rows) -> dict[str, 
                 log=lambda start: metrics.Log(run.folder, run.stage, trainer.steps, start, data.plan.filled, work(run)),
                 changes=changes(run, params),
                 profile=run.folder / "profile" if run.profile else None,
+                watch=watching.watcher(run, functools.partial(aimed, run)),
             )
         finally:
             checkpoints.close()
-    return training_numbers(run.folder / "metrics.jsonl", data)
+    return training_numbers(run.folder, data)
 
 
 def work(run: StageRun) -> Work | None:
@@ -128,17 +131,25 @@ class Step:
     frozen: Any
 
 
+def aimed(run: StageRun, loss: Loss) -> Loss:
+    """The loss of what the stage trains, and of what stays beside it; see `trained_part`."""
+    adapted = run.get(Lora)
+    if adapted.rank:
+        return lambda pairs, base, *rest: loss(base, {"lora": lora.scaled(pairs, adapted)}, *rest)
+    if run.get(Optimizer).rows == "new":
+        first = run.new_rows[0]
+        return lambda taken, base, *rest: loss(rows.put(base, taken, first), {}, *rest)
+    return loss
+
+
 def make_step(run: StageRun, loss: Loss, steps: int) -> Step:
     """The step that `fit` runs `steps` times and that a plan compiles."""
-    settings, adapted, params = run.get(Optimizer), run.get(Lora), run.layout()
-    trained, frozen, aim = params, {}, loss
-    if adapted.rank:
+    settings, params = run.get(Optimizer), run.layout()
+    trained, frozen, aim = params, {}, aimed(run, loss)
+    if run.get(Lora).rank:
         trained, frozen = run.adapters_layout(), params
-        aim = lambda pairs, base, *rest: loss(base, {"lora": lora.scaled(pairs, adapted)}, *rest)
     elif settings.rows == "new":
-        first = run.new_rows[0]
         trained, frozen = run.new_rows_layout(), params
-        aim = lambda taken, base, *rest: loss(rows.put(base, taken, first), {}, *rest)
     transform = optimizer.make(settings, trained, steps)
     rates, like = optimizer.rate_tree(trained, settings.rates), state.layout(trained, transform)
     trainer = run.get(Trainer)
@@ -149,7 +160,7 @@ def make_step(run: StageRun, loss: Loss, steps: int) -> Step:
 def trained_part(run: StageRun, params: Any) -> tuple[Any, Any]:
     """What learns and what stays, of the parameters that a stage starts with; laid out as `make_step` says."""
     if run.get(Lora).rank:
-        return run.initial_adapters(), params
+        return run.initial_adapters(params), params
     if run.get(Optimizer).rows == "new":
         taken = rows.take(params, *run.new_rows)
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), taken, run.new_rows_layout()), params
@@ -179,9 +190,12 @@ def changes(run: StageRun, params: Any) -> dict[int, Callable[[state.TrainState]
     }
 
 
-def training_numbers(path: Path, data: loader.Rows, window: int = 20) -> dict[str, Any]:
-    """Means over the first and the last `window` steps of each number of a stage, and how full its rows were."""
-    lines = metrics.read(path)
+def training_numbers(folder: Path, data: loader.Rows, window: int = 20) -> dict[str, Any]:
+    """Means over the first and the last `window` steps of each number of a stage, and how full its rows were.
+
+    And of each text that was watched, bits per byte before the first step and after the last.
+    """
+    lines, watched = metrics.read(folder / "metrics.jsonl"), watch.read(folder)
     names = sorted({k for line in lines for k in line if not metrics.is_time(k)} - {"step", "filled"})
 
     def mean(part: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -197,4 +211,9 @@ def training_numbers(path: Path, data: loader.Rows, window: int = 20) -> dict[st
         "patches_filled": round(data.plan.patches_filled, 4),
         "patches_filled_at_best": round(data.plan.patches_best, 4),
         "plan": data.plan.fingerprint,
+        **(
+            {"watched": {name: [watched[0][name], watched[-1][name]] for name in watched[0] if name != "step"}}
+            if watched
+            else {}
+        ),
     }

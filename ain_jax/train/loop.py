@@ -1,4 +1,4 @@
-"""The only loop: step, log, save, resume. It never learns the name of its stage."""
+"""The only loop: step, log, evaluate, save, resume. It never learns the name of its stage."""
 
 import dataclasses
 import time
@@ -18,6 +18,7 @@ from ain_jax.train.metrics import Log, numbers
 from ain_jax.train.profile import Profile
 from ain_jax.train.state import TrainState
 from ain_jax.train.step import Update
+from ain_jax.train.watch import Watcher
 
 __all__ = ["Interrupted", "Trainer", "train"]
 
@@ -65,10 +66,12 @@ def train(
     log: Callable[[int], Log],
     changes: Mapping[int, Callable[[TrainState], TrainState]] = MappingProxyType({}),
     profile: Path | None = None,
+    watch: Watcher | None = None,
 ) -> TrainState:
     """The state after the last step. `batches(step)` yields (batch, its count of tokens) from a step onwards.
 
     `changes` says what is done to the state before a step, counted from 1: rows of a vocabulary that begin there.
+    `watch` measures held-out texts on what is trained; a run that it stops (`watch.Risen`) is saved at that step.
 
     The numbers of a step are fetched after the next one has been dispatched, so that the device never waits for
     the host. Where a checkpoint exists, the run goes on from it. All processes of a run save and stop at one step.
@@ -77,6 +80,8 @@ def train(
     start = int(state.step)
     if start > trainer.steps:
         raise ValueError(f"{checkpoints.folder} is at step {start}, beyond Trainer.steps = {trainer.steps}")
+    if watch is not None:
+        watch.begin(start)
     if start == trainer.steps:
         return state
     several = jax.process_count() > 1
@@ -116,6 +121,9 @@ def train(
                 due = time.monotonic() - saved_at >= trainer.save_seconds
                 return SAVE if due and processes.is_first() else 0
 
+            if watch is not None and not watch.first:
+                with clock.timed("watch"):
+                    watch.add(0, state.params, frozen, log_lines)
             stream = batches(start)
             for step in range(start + 1, trainer.steps + 1):
                 with clock.timed("data"):
@@ -130,13 +138,20 @@ def train(
                 pending = (step, batch, outcome)
                 # Several processes act on what all of them know, which is what was asked at the step before.
                 wanted = known if several else wanted
+                risen = None
+                if watch is not None and watch.due(step, trainer.steps):
+                    wanted, pending = max(wanted, settle(pending)), None
+                    with clock.timed("watch"):
+                        risen = watch.add(step, state.params, frozen, log_lines)
                 permanent = trainer.keep_every and step % trainer.keep_every == 0
-                if wanted or permanent or step == trainer.steps:
-                    wanted = max(wanted, settle(pending))
-                    pending = None
+                if wanted or permanent or risen or step == trainer.steps:
+                    if pending is not None:
+                        wanted, pending = max(wanted, settle(pending)), None
                     with clock.timed("checkpoint"):
-                        checkpoints.save(state, marks, wait=wanted == STOP or step == trainer.steps)
+                        checkpoints.save(state, marks, wait=wanted == STOP or bool(risen) or step == trainer.steps)
                     saved_at = time.monotonic()
+                if risen:
+                    raise risen
                 if wanted == STOP:
                     raise Interrupted(f"saved at step {step} of {trainer.steps}")
             # Asked since: the state is saved, and the stages that follow are not to begin.

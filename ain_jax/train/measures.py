@@ -65,8 +65,8 @@ def count(batch: Any, flag: int) -> Facts:
 class Clock:
     """Seconds of this process' run by what they went to, and the speed over the last steps.
 
-    Compiling and saving hold the devices up. Waiting for data does as far as it is longer than the wait for the step
-    before, which runs meanwhile. What is left is goodput.
+    Compiling, saving and measuring held-out texts hold the devices up. Waiting for data does as far as it is longer
+    than the wait for the step before, which runs meanwhile. What is left is goodput.
     """
 
     def __init__(self):
@@ -79,7 +79,7 @@ class Clock:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Count the time inside as "data", "checkpoint" or "device" (waiting for a step)."""
+        """Count the time inside as "data", "checkpoint", "watch" or "device" (waiting for a step)."""
         began, compiled = time.monotonic(), _compiled["seconds"]
         try:
             yield
@@ -91,6 +91,8 @@ class Clock:
         now = time.monotonic()
         waited, self._waited = self._waited, defaultdict(float)
         self.lost["checkpoint"] += waited["checkpoint"]
+        if "watch" in waited:
+            self.lost["watch"] = self.lost.get("watch", 0.0) + waited["watch"]
         self.lost["data"] += max(waited["data"] - waited["device"], 0.0)
         self.lost["compile"] = _compiled["seconds"] - self._compiled
         self._recent.append((now, tokens, targets, patches))

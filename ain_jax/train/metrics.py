@@ -24,6 +24,7 @@ TIMES = (
     "compile_seconds",
     "data_seconds",
     "checkpoint_seconds",
+    "watch_seconds",
     "seconds",
     "peak_memory_gib",
 )
@@ -74,7 +75,9 @@ class Log:
             mininterval=0.5,
             disable=not self._writes,
         )
-        self.bad = processes.of_first(lambda: self._keep_up_to(start))
+        kept = lambda: map(json.loads, keep_up_to(self.path, start))
+        self._stage = stage
+        self.bad = processes.of_first(lambda: sum("skipped" in line for line in kept()))
         if self._writes:
             self._file = self.path.open("a", encoding="utf-8")
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
@@ -82,16 +85,6 @@ class Log:
             tqdm.write(
                 f"{stage:16} MFU is a share of {work.peak / 1e12:,.6g} TFLOP/s: {work.peak_name}", file=sys.stderr
             )
-
-    def _keep_up_to(self, step: int) -> int:
-        """How many of the steps that stay were skipped."""
-        if not self.path.exists():
-            return 0
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        beside.replace(self.path)
-        return sum("skipped" in json.loads(line) for line in kept)
 
     def write(self, step: int, values: Mapping[str, float], tokens: float, patches: float = 0) -> None:
         """Record step `step` (counted from 1), which took in so many tokens and patches that are not padding.
@@ -119,6 +112,16 @@ class Log:
         self._bar.set_postfix_str(self._shown(values, times), refresh=False)
         self._bar.update(1)
 
+    def watched(self, step: int, values: Mapping[str, float], first: Mapping[str, float]) -> None:
+        """Tell bits per byte of the texts that are watched (`watch.py`), beside those before the first step."""
+        if not self._writes:
+            return
+        for name, value in values.items():
+            self._events.add_scalar(f"watch/{name}", value, step)
+        rises = {name: f" ({value / first[name] - 1:+.1%})" if step else "" for name, value in values.items()}
+        told = ", ".join(f"{name} {value:.4f}{rises[name]}" for name, value in values.items())
+        tqdm.write(f"{self._stage:16} step {step}: bits per byte of {told}", file=sys.stderr)
+
     def _shown(self, values: Mapping[str, float], times: Mapping[str, float]) -> str:
         shown = [f"loss {values['loss']:.3f}" if "loss" in values else "skipped"]
         shown += [f"{times['tokens_per_second']:,.0f} tokens/s", f"{self._filled:.1%} filled"]
@@ -135,6 +138,17 @@ class Log:
 
 def _short(name: str, value: float) -> float:
     return round(value) if name.endswith("_per_second") else round(value, 4)
+
+
+def keep_up_to(path: Path, step: int) -> list[str]:
+    """The lines up to a step, which alone stay in the file."""
+    if not path.exists():
+        return []
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    beside.replace(path)
+    return kept
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Schedule, parameter groups and what stays frozen -> one optax transformation."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ from ain_jax.experiment import nearest
 class Optimizer:
     """AdamW with decoupled weight decay (arXiv 1711.05101) on matrices alone.
 
-    `rates` multiplies the learning rate of the parameters under a path, the longest matching path deciding;
-    0 freezes them: {"visual": 0.1, "visual/merger": 1.0, "model/embed_tokens": 0.0}.
+    `rates` multiplies the learning rate of the modules that a key names; 0 freezes them:
+
+        {"visual": 0.1, "visual/merger": 1.0, "model/embed_tokens": 0.0, "*norm*": 0.0, "q_proj": 2.0, "bias": 0.0}
+
+    A key is a name or names that follow one another in a path (see `rate_tree`), `*` standing for any letters of one.
     """
 
     learning_rate: float
@@ -78,28 +82,61 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def rate_tree(params: Any, rates: Mapping[str, float]) -> Any:
-    """The multiple of the learning rate of each parameter, as a tree of floats shaped like `params`."""
-    names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for prefix in rates:
-        if not any(_under(n, prefix) for n in names):
-            parents = {"/".join(n.split("/")[:i]) for n in names for i in range(1, n.count("/") + 2)}
+    """The multiple of the learning rate of each parameter, as a tree of floats shaped like `params`.
+
+    A key names what lies under it wherever its names follow one another in a path. Of several keys the one that ends
+    deeper in the path decides, then the one of more names, then the one with more letters beside its `*`:
+
+        visual/blocks/attn/proj/weight    "visual" 0.1 and "attn/proj" 1.0 give 1.0; "visual" and "visual/b*" the latter
+
+    ValueError: a key that names nothing, two that decide alike and differ, or everything frozen.
+    """
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for key in rates:
+        if not any(_depth(name, key) for name in names):
+            known = {"/".join(n.split("/")[:i]) for n in names for i in range(1, n.count("/") + 2)}
+            known |= {part for name in names for part in name.split("/")}
             raise ValueError(
-                f"Optimizer.rates names {prefix!r}, which no parameter lies under: {nearest(prefix, sorted(parents))}"
+                f"Optimizer.rates names {key!r}, which no parameter lies under: {nearest(key, sorted(known))}"
             )
 
     def rate(path, _):
-        matching = [p for p in rates if _under(path_name(path), p)]
-        return rates[max(matching, key=len)] if matching else 1.0
+        name = path_name(path)
+        ranks = {key: (_depth(name, key), key.strip("/").count("/"), len(key.replace("*", ""))) for key in rates}
+        best = [key for key, rank in ranks.items() if rank[0] and rank == max(ranks.values())]
+        if len({rates[key] for key in best}) > 1:
+            raise ValueError(
+                f"Optimizer.rates names {name} by {' and '.join(map(repr, best))} alike, with "
+                f"{' and '.join(str(rates[key]) for key in best)}: name it more closely"
+            )
+        return rates[best[0]] if best else 1.0
 
-    return jax.tree_util.tree_map_with_path(rate, params)
+    tree = jax.tree_util.tree_map_with_path(rate, params)
+    if rates and not any(jax.tree.leaves(tree)):
+        raise ValueError(f"Optimizer.rates = {dict(rates)} freezes all that is there: leave something to learn")
+    return tree
+
+
+def _depth(name: str, key: str) -> int:
+    """Up to which of its names a key reaches into a path, counted from 1; 0 where it does not name it.
+
+    "self_attn/q_proj" in "model/layers/self_attn/q_proj/weight" reaches 4.
+    """
+    parts, wanted = name.split("/"), key.strip("/").split("/")
+    for end in range(len(parts), len(wanted) - 1, -1):
+        if all(map(fnmatch.fnmatchcase, parts[end - len(wanted) : end], wanted)):
+            return end
+    return 0
 
 
 def matrices(params: Any) -> Any:
-    """True for each matrix. A bias is none, nor is the scale of a norm, which stacked over the layers has two axes."""
+    """True for each matrix. A bias is none, nor is the scale of a norm, which stacked over the layers has two axes, nor
+    the magnitudes of DoRA.
+    """
 
     def is_matrix(path, leaf):
         parts = path_name(path).split("/")
-        return parts[-1] != "bias" and leaf.ndim - _stacked(parts) >= 2
+        return parts[-1] not in ("bias", "magnitude") and leaf.ndim - _stacked(parts) >= 2
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
@@ -127,10 +164,6 @@ def muon_axes(params: Any) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(axes, params, matrices(params))
-
-
-def _under(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix.rstrip("/") + "/")
 
 
 def make(settings: Optimizer, params: Any, steps: int) -> optax.GradientTransformation:

@@ -4,6 +4,8 @@ PEFT keeps two matrices of each module, lora_A (rank, inputs) and lora_B (output
 lora_embedding_A (rank, rows) and lora_embedding_B (width, rank). Their layouts follow from those of the weight table:
 
     "(N H) D -> D N H"   gives   "rank D -> D rank"   and   "(N H) rank -> rank N H"
+
+With DoRA a third stands beside, lora_magnitude_vector (outputs,): "(N H) -> N H".
 """
 
 import re
@@ -18,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from ain_jax.models.config import ModelConfig
-from ain_jax.models.lora import ALL_LINEAR, EMBEDDING, HEAD, Lora, Site, pairs, sites
+from ain_jax.models.lora import ALL_LINEAR, EMBEDDING, HEAD, Lora, Site, magnitudes, pairs, sites
 from ain_jax.weights.export import replace_folder, write_json
 from ain_jax.weights.shards import Stored, header, read_json
 from ain_jax.weights.table import canonical, published, rearrange, sizes
@@ -27,7 +29,8 @@ CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "ada
 PREFIX = "base_model.model."
 NAME = re.compile(
     re.escape(PREFIX)
-    + r"(?P<module>.+)\.(lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<table>[AB])|(?P<copy>base_layer)\.weight)"
+    + r"(?P<module>.+)\.(lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<table>[AB])|(?P<copy>base_layer)\.weight"
+    + r"|lora_(?P<magnitude>magnitude_vector))"
 )
 # The canonical beginnings of names in a model with an image encoder, and what transformers has there today.
 TODAY = (
@@ -41,6 +44,7 @@ READ: dict[str, tuple[Any, tuple[type, ...]]] = {
     "r": (8, (int,)),
     "lora_alpha": (8, (int, float)),
     "use_rslora": (False, (bool,)),
+    "use_dora": (False, (bool,)),
     "rank_pattern": ({}, (dict,)),
     "alpha_pattern": ({}, (dict,)),
     "target_modules": (None, (list, str)),
@@ -76,13 +80,23 @@ def save_adapters(
     as well, turned, because PEFT adapts each of the two by itself.
     """
     folder, letters, known = Path(folder), sizes(config), sites(config)
-    held = {path: (np.asarray(a), np.asarray(b)) for path, a, b in pairs(adapters)}
+    lengths = magnitudes(adapters)
+    held = {
+        path: tuple(map(np.asarray, (a, b, lengths[path]) if path in lengths else (a, b)))
+        for path, a, b in pairs(adapters)
+    }
     faults = [] if held else ["there is no pair to save"]
-    for path, (a, b) in held.items():
+    for path, (a, b, *magnitude) in held.items():
         if path not in known:
             faults.append(f"{path} is no matrix of this model")
-        elif (a.shape, b.shape) != (expected := known[path].shapes(settings.rank_of(path), letters)):
+            continue
+        if (a.shape, b.shape) != (expected := known[path].shapes(settings.rank_of(path), letters)):
             faults.append(f"{path}: a {a.shape} and b {b.shape}, expected {expected[0]} and {expected[1]}")
+        expected = [known[path].magnitude(letters)] if settings.dora else []
+        if [m.shape for m in magnitude] != expected:
+            faults.append(f"{path}: magnitudes {[m.shape for m in magnitude]}, expected {expected}")
+        if settings.dora and known[path].is_table and config.text.tied:
+            faults.append(f"{path}: the head is tied to it, and PEFT has a magnitude for each of the two")
     _stop(folder, faults)
 
     tensors: dict[str, np.ndarray] = {}
@@ -93,8 +107,8 @@ def save_adapters(
             continue
         module = _today(canonical(place.name).removesuffix(".weight"), config)
         modules[module] = path
-        names = [PREFIX + module + half for half in _halves(known[path])]
-        for name_in_file, array, layout in zip(names, held[path], _layouts(known[path]), strict=True):
+        names = [PREFIX + module + half for half in _halves(known[path], settings.dora)]
+        for name_in_file, array, layout in zip(names, held[path], _layouts(known[path], settings.dora), strict=True):
             one = array if place.layer is None else array[place.layer]
             turned = rearrange(one, layout, letters | {"rank": settings.rank_of(path)}, reverse=True)
             tensors[name_in_file] = np.ascontiguousarray(turned)
@@ -115,7 +129,7 @@ def save_adapters(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_dora": False,
+        "use_dora": settings.dora,
         "modules_to_save": None,
         "target_modules": _ends(modules, _modules(config)),
         "rank_pattern": _pattern({m: settings.rank_of(p) for m, p in modules.items()}, settings.rank, config),
@@ -164,7 +178,7 @@ def load_adapters(
     for path in reader.paths():
         site, letters = reader.sites[path], reader.letters | {"rank": reader.ranks[path]}
         modules = [module for module, own in reader.places.items() if own == path]
-        for i, (half, layout) in enumerate(zip("ab", _layouts(site), strict=True)):
+        for i, (half, layout) in enumerate(zip(reader.halves, _layouts(site, reader.dora), strict=True)):
             arrays = [rearrange(tensors[reader.names[m][i]].read(), layout, letters) for m in modules]
             flat[f"{path}/{half}"] = np.ascontiguousarray(arrays[0]) if site.layers is None else np.stack(arrays)
     faults += [*_tied_faults(tensors, reader), *_copy_faults(tensors, reader, params)]
@@ -177,13 +191,15 @@ class _Reader:
 
     def __init__(self, config: ModelConfig, attributes: Mapping[str, Any]):
         self.config, self.attributes = config, attributes
+        self.dora: bool = attributes["use_dora"]
+        self.halves = ("a", "b", "magnitude") if self.dora else ("a", "b")
         self.sites, self.letters = sites(config), sizes(config)
         weights = [(canonical(place.name), place.path) for place in published(config)]
         paths = {name.removesuffix(".weight"): path.removesuffix("/weight") for name, path in weights}
         # Module, by its canonical name, -> our path, in the order of the table.
         self.places = {module: path for module, path in paths.items() if path in self.sites}
         self.faults: list[str] = []
-        self.names: dict[str, list[str]] = {}  # module -> its tensors A and B
+        self.names: dict[str, list[str]] = {}  # module -> its tensors A and B, and its magnitude
         self.spelt: dict[str, str] = {}  # module -> as the file spells it
         self.ranks: dict[str, int] = {}  # by our path
         self.alphas: dict[str, float] = {}
@@ -202,22 +218,23 @@ class _Reader:
             self.copies[module] = name
             return
         half = (match["table" if site and site.is_table else "linear"] if match else None) or ""
-        if not half or not (site or tied_head):
+        which = "AB".index(half) if half else 2  # the magnitude
+        if not (half or (match and match["magnitude"] and self.dora and site)) or not (site or tied_head):
             self.faults.append(f"{WEIGHTS}: {name} {shape} has no place in this model's adapters")
             return
         if tied_head:
-            self.head["AB".index(half)] = name
+            self.head[which] = name
             return
         assert site is not None
         rank, alpha = (self._of(spelt, pattern, whole) for pattern, whole in PATTERNS)
         for what, value, known in (("rank", rank, self.ranks), ("alpha", alpha, self.alphas)):
             if known.setdefault(path, value) != value:
                 self.faults.append(f"{CONFIG}: {spelt} has {what} {value}, expected {known[path]} as in other layers")
-        names = self.names.setdefault(module, ["", ""])
-        if names["AB".index(half)]:
-            self.faults.append(f"{WEIGHTS}: {module} is given twice: {names['AB'.index(half)]}, {name}")
-        names["AB".index(half)], self.spelt[module] = name, spelt
-        expected = _their_shapes(site, rank, self.letters)["AB".index(half)]
+        names = self.names.setdefault(module, [""] * len(self.halves))
+        if names[which]:
+            self.faults.append(f"{WEIGHTS}: {module} is given twice: {names[which]}, {name}")
+        names[which], self.spelt[module] = name, spelt
+        expected = _their_shapes(site, rank, self.letters, self.dora)[which]
         if shape != expected:
             self.faults.append(f"{WEIGHTS}: {name} has shape {shape}, expected {expected} at rank {rank}")
 
@@ -230,14 +247,17 @@ class _Reader:
         differing = {m: spelt for m, spelt in self.spelt.items() if m != _today(m, self.config)}
         older = bool(differing) and all(module == spelt for module, spelt in differing.items())
         for module, path in self.places.items():
-            site, names = self.sites[path], self.names.get(module, ["", ""])
+            site, names = self.sites[path], self.names.get(module, [""] * len(self.halves))
             spelt = self.spelt.get(module, module if older else _today(module, self.config))
             named = self._targets(spelt, site) or (tied and tying and site.is_table and self._targets(HEAD, site))
             if named or path in started:
                 faults += [
                     f"{WEIGHTS}: {PREFIX}{spelt}{half} is missing, expected {shape}"
                     for half, name, shape in zip(
-                        _halves(site), names, _their_shapes(site, self._rank(path), self.letters), strict=True
+                        _halves(site, self.dora),
+                        names,
+                        _their_shapes(site, self._rank(path), self.letters, self.dora),
+                        strict=True,
                     )
                     if not name
                 ]
@@ -255,6 +275,11 @@ class _Reader:
             expected = [self.ranks[embedding], self.alphas[embedding]]
             if own != expected:
                 faults.append(f"{CONFIG}: {HEAD} has rank and alpha {own}, expected {expected}, the embedding's own")
+        if tied and embedding in started and self.dora:
+            faults.append(
+                f"{CONFIG}: use_dora=True adapts {EMBEDDING}, to which this model's head is tied, and PEFT gives each "
+                "of the two a magnitude of its own; untie the base first"
+            )
         if tied and any(self.head) and embedding not in started:
             faults.append(f"{WEIGHTS}: {HEAD} is adapted, expected {EMBEDDING}, to which this model's head is tied")
         return faults
@@ -284,6 +309,7 @@ class _Reader:
             rslora=self.attributes["use_rslora"],
             rank_pattern=pattern(self.ranks, rank),
             alpha_pattern=pattern({path: float(value) for path, value in self.alphas.items()}, alpha),
+            dora=self.dora,
         )
 
     def _rank(self, path: str) -> int:
@@ -381,21 +407,23 @@ def _copy_faults(tensors: Mapping[str, Stored], reader: _Reader, params: Mapping
     return faults
 
 
-def _layouts(site: Site) -> tuple[str, str]:
-    """The layouts of A and B, theirs to ours."""
+def _layouts(site: Site, dora: bool) -> list[str]:
+    """The layouts of A and B, theirs to ours, and of the magnitude."""
     inputs, outputs = " ".join(site.inputs), " ".join(site.outputs)
-    return f"rank ({inputs}) -> {inputs} rank", f"({outputs}) rank -> rank {outputs}"
+    magnitude = [f"({outputs}) -> {outputs}"] if dora else []
+    return [f"rank ({inputs}) -> {inputs} rank", f"({outputs}) rank -> rank {outputs}", *magnitude]
 
 
-def _their_shapes(site: Site, rank: int, letters: Mapping[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _their_shapes(site: Site, rank: int, letters: Mapping[str, int], dora: bool) -> list[tuple[int, ...]]:
     inputs, outputs = (int(np.prod([letters[letter] for letter in side])) for side in (site.inputs, site.outputs))
-    return (rank, inputs), (outputs, rank)
+    return [(rank, inputs), (outputs, rank), *([(outputs,)] if dora else [])]
 
 
-def _halves(site: Site) -> tuple[str, str]:
+def _halves(site: Site, dora: bool) -> list[str]:
+    magnitude = [".lora_magnitude_vector"] if dora else []
     if site.is_table:
-        return ".lora_embedding_A", ".lora_embedding_B"
-    return ".lora_A.weight", ".lora_B.weight"
+        return [".lora_embedding_A", ".lora_embedding_B", *magnitude]
+    return [".lora_A.weight", ".lora_B.weight", *magnitude]
 
 
 def _today(module: str, config: ModelConfig) -> str:

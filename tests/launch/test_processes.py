@@ -73,6 +73,16 @@ def test_four_processes_then_two_then_one(tmp_path):
     assert all(speed > 0 for step, speed in enumerate(speeds, 1) if step not in (1, 4, 6))
 
 
+def test_a_text_that_rises_stops_all_of_them_at_one_step(tmp_path):
+    script = str(Path(joined.__file__))
+    for rise, ends in (("0.001", "stopped: step 2: bits per byte of size rose from"), ("9", "ended at 8")):
+        told = together(2, [script, str(tmp_path), "0", "-1", rise], tmp_path / "cache")
+        assert all(ends in text for _, text in told), told[0][1][-3000:]
+        assert [status for status, _ in told] == [int("stopped" in ends)] * 2
+    watched = [json.loads(line) for line in (tmp_path / "watch.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in watched] == [0, 2, 4, 6, 8] and watched[1]["size"] > watched[0]["size"] * 1.001
+
+
 def test_every_stage_of_an_experiment_by_two_processes(tmp_path):
     given = ["--exp", str(ROOT / "tests/launch/small.gin"), "--run_dir", str(tmp_path / "run")]
     for status, text in together(2, [str(ROOT / "launch/local.py"), *given], tmp_path / "cache"):

@@ -184,14 +184,25 @@ def test_the_merged_head_of_a_tied_model_is_the_merged_embedding():
     np.testing.assert_allclose(found_TV, hidden_TD @ table_VD.T, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_beside_the_parameters_the_pairs_do_what_they_do_merged(tied, remat):
+def moved(tree, size=0.1):
+    """A tree of pairs that are normal times `size`, and of magnitudes that differ from their own by such a share."""
+
+    def one(path, own, values):
+        return own * (1 + size * values) if path[-1].key == "magnitude" else size * values
+
+    return jax.tree_util.tree_map_with_path(one, tree, drawn(tree))
+
+
+@pytest.mark.parametrize(
+    ("tied", "remat", "dora"),
+    [(True, "none", False), (False, "full", False), (False, "none", True), (False, "full", True)],
+)
+def test_beside_the_parameters_the_pairs_do_what_they_do_merged(tied, remat, dora):
     config = tiny(tied=tied, layers=3, windows=(4, 0))
     targets = EVERYTHING[: 2 if tied else 3]
-    settings = Lora(rank=3, alpha=2, targets=targets, rank_pattern={"o_proj": 2})
+    settings = Lora(rank=3, alpha=2, targets=targets, rank_pattern={"o_proj": 2}, dora=dora)
     params = init_params(config, KEY)
-    tree = jax.tree.map(lambda x: 0.1 * x, drawn(lora.init(settings, config, KEY)))
+    tree = moved(lora.init(settings, config, KEY, params))
     model, arrays = MultimodalModel(config, remat=remat), batch(config)
 
     @jax.jit
@@ -212,15 +223,78 @@ def test_beside_the_parameters_the_pairs_do_what_they_do_merged(tied, remat):
         assert float(jnp.abs(logits({"params": params, "lora": less}) - beside).max()) > 1e-4, path
 
 
+def columns(config, path, weight):
+    """The lengths of the rows of the published matrices: of the columns of an embedding, which is read by id."""
+    found = []
+    for place in published(config):
+        if place.path == f"{path}/weight":
+            one = np.asarray(weight if place.layer is None else weight[place.layer], np.float64)
+            theirs = rearrange(one, place.layout, sizes(config), reverse=True)
+            found.append(np.linalg.norm(theirs, axis=0 if path.endswith("embed_tokens") else 1))
+    return np.stack(found)
+
+
+def test_magnitudes_are_at_first_the_lengths_of_the_columns():
+    config, settings = tiny(tied=False), Lora(rank=2, targets=EVERYTHING, dora=True)
+    params = drawn(abstract_params(config))
+    params["lm_head"]["weight"][190:] = 0  # as rows are that fill a vocabulary up
+    tree = lora.init(settings, config, KEY, params)
+    shapes = lambda x: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), x)
+    assert shapes(tree) == shapes(lora.abstract(settings, config))
+    flat, lengths = dict(jax.tree_util.tree_leaves_with_path(params)), lora.magnitudes(tree)
+    weights = {"/".join(key.key for key in path): leaf for path, leaf in flat.items()}
+    assert lengths.keys() == lora.sites(config).keys()
+    for path, length in lengths.items():
+        expected = columns(config, path, weights[f"{path}/weight"])
+        np.testing.assert_allclose(np.asarray(length).reshape(expected.shape), expected, rtol=1e-5, atol=1e-12)
+    # Then the adapted model is the base, and a column is as long as its magnitude whatever the pair.
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5)
+    jax.tree.map(same, lora.merge(params, tree, settings), params)
+    pairs = moved(tree, 0.5)
+    merged = dict(jax.tree_util.tree_leaves_with_path(lora.merge(params, pairs, settings)))
+    merged = {"/".join(key.key for key in path): leaf for path, leaf in merged.items()}
+    for path, length in lora.magnitudes(pairs).items():
+        found = columns(config, path, merged[f"{path}/weight"])
+        np.testing.assert_allclose(found, np.abs(np.asarray(length)).reshape(found.shape), rtol=1e-5, atol=1e-12)
+    assert lora.count(tree) == lora.count(lora.init(Lora(2, targets=EVERYTHING), config, KEY)) + sum(
+        length.size for length in lengths.values()
+    )
+
+
+def test_a_head_with_magnitudes_is_read_in_blocks_as_it_is_whole():
+    config, settings = tiny(tied=False), Lora(rank=2, targets=("lm_head",), dora=True)
+    params = drawn(abstract_params(config))
+    tree, model = moved(lora.init(settings, config, KEY, params)), MultimodalModel(config)
+    variables = {"params": params, "lora": lora.scaled(tree, settings)}
+    hidden_TD = np.random.default_rng(2).normal(size=(4, 32)).astype(np.float32)
+    merged = {"params": lora.merge(params, tree, settings)}
+    expected = model.apply(merged, hidden_TD, method="logits")
+    np.testing.assert_allclose(model.apply(variables, hidden_TD, method="logits"), expected, atol=1e-4, rtol=0)
+    pairs, _ = model.apply(variables, hidden_TD, method="head")
+    np.testing.assert_allclose(sum(y @ w.T for y, w in pairs), expected, atol=1e-4, rtol=0)
+
+
+def test_magnitudes_and_settings_must_agree():
+    config = tiny(tied=False)
+    params = init_params(config, KEY)
+    plain, dora = (Lora(rank=2, targets=("q_proj",), dora=dora) for dora in (False, True))
+    with pytest.raises(ValueError, match="q_proj has no magnitude, the settings say dora = True"):
+        lora.merge(params, lora.init(plain, config, KEY), dora)
+    with pytest.raises(ValueError, match="q_proj has a magnitude, the settings say dora = False"):
+        lora.scaled(lora.init(dora, config, KEY, params), plain)
+
+
 def test_the_axes_of_a_pair_are_those_of_its_weight_and_the_rank():
     config = tiny(tied=False)
-    tree = lora.init(Lora(rank=2, targets=EVERYTHING), config, KEY)
+    tree = lora.abstract(Lora(rank=2, targets=EVERYTHING, dora=True), config)
     names = lora.axis_names(tree, axis_names(config))
     attention = names["model"]["layers"]["self_attn"]
-    assert attention["q_proj"] == {"a": ("layers", "embed", "rank"), "b": ("layers", "rank", "heads", "head")}
-    assert attention["o_proj"] == {"a": ("layers", "heads", "head", "rank"), "b": ("layers", "rank", "embed")}
-    assert names["model"]["embed_tokens"] == {"a": ("vocab", "rank"), "b": ("rank", "embed")}
-    assert names["lm_head"] == {"a": ("embed", "rank"), "b": ("rank", "vocab")}
+    of_q = {"a": ("layers", "embed", "rank"), "b": ("layers", "rank", "heads", "head")}
+    assert attention["q_proj"] == of_q | {"magnitude": ("layers", "heads", "head")}
+    of_o = {"a": ("layers", "heads", "head", "rank"), "b": ("layers", "rank", "embed")}
+    assert attention["o_proj"] == of_o | {"magnitude": ("layers", "embed")}
+    assert names["model"]["embed_tokens"] == {"a": ("vocab", "rank"), "b": ("rank", "embed"), "magnitude": ("embed",)}
+    assert names["lm_head"] == {"a": ("embed", "rank"), "b": ("rank", "vocab"), "magnitude": ("vocab",)}
     is_names = lambda x: isinstance(x, tuple)
     fits = jax.tree.map(lambda names, leaf: len(names) == leaf.ndim, names, tree, is_leaf=is_names)
     assert jax.tree.all(fits)
@@ -234,6 +308,7 @@ def test_the_axes_of_a_pair_are_those_of_its_weight_and_the_rank():
         ({"rank": 4, "targets": ()}, r"targets = \(\): expected names of modules, or 'all-linear'"),
         ({"rank": 4, "rank_pattern": {"q_proj": 0}}, r"rank_pattern, alpha_pattern = {'q_proj': 0}: expected .* above"),
         ({"rank_pattern": {"q_proj": 2}}, "but rank = 0 adapts nothing: set rank"),
+        ({"dora": True}, "dora = True, but rank = 0 adapts nothing: set rank"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

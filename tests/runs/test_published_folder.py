@@ -13,11 +13,16 @@ from transformers import AutoTokenizer
 
 from ain_jax import run
 from ain_jax.data.images import ImageSettings
+from ain_jax.data.packing import Packing
+from ain_jax.experiment import read_bindings, resolve
 from ain_jax.models import lora
 from ain_jax.models.config import ModelConfig, tiny
-from ain_jax.models.multimodal import init_params
+from ain_jax.models.multimodal import MultimodalModel, init_params
 from ain_jax.stages import export as export_stage
+from ain_jax.stages import registry
+from ain_jax.stages.common import StageRun
 from ain_jax.tokenizer.extend import padded_vocab
+from ain_jax.train import watch
 from ain_jax.train.optimizer import path_name
 from ain_jax.weights.adapters import load_adapters
 from ain_jax.weights.export import export_folder
@@ -34,7 +39,12 @@ Packing.row_patches = {patches}
 Optimizer.learning_rate = 0.01
 Trainer.steps = 3
 Trainer.rows = 2
-Sources.files = {{"talks": "{data}/talks.jsonl", "texts": "{data}/texts.jsonl", "pairs": "{data}/pairs.jsonl"}}
+Sources.files = {{
+    "talks": "{data}/talks.jsonl",
+    "texts": "{data}/texts.jsonl",
+    "pairs": "{data}/pairs.jsonl",
+    "plain": "{data}/plain.jsonl",
+}}
 Sources.workers = 1
 instruct/Mixture.weights = {{"talks": 1.0}}
 export/Export.stage = "instruct"
@@ -46,6 +56,14 @@ prefer/Mixture.weights = {{"pairs": 1.0}}
 LORA = """
 Lora.rank = 2
 Lora.targets = ("q_proj", "down_proj", "attn/proj")
+"""
+
+
+WATCH = """
+Sources.held_out = {{"plain": 0.5}}
+Watch.texts = ("plain",)
+Watch.every = 2
+Watch.stop_rise = {{"plain": 5.0}}
 """
 
 
@@ -83,7 +101,8 @@ def data(tmp_path_factory):
     talks = [{"messages": talk(f"كم {n}؟", f"هذه {n}")} for n in range(8)]
     seen = [{"messages": talk("<image>ما هذا؟", "أحمر"), "images": ["red.png"]}]
     pairs = [{"messages": talk(f"كم {n}؟", f"هذه {n}"), "rejected": "لا"} for n in range(8)]
-    for name, lines in (("talks", talks + seen), ("texts", talks), ("pairs", pairs)):
+    plain = [{"text": f"هذه الكلمة {n} and words " + "هي الحرية " * n} for n in range(12)]
+    for name, lines in (("talks", talks + seen), ("texts", talks), ("pairs", pairs), ("plain", plain)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
 
@@ -111,7 +130,8 @@ def first_loss(root, stage="instruct"):
 def adapted(folders, data, tmp_path_factory):
     """A run in which two stages one after another train adapters."""
     root = tmp_path_factory.mktemp("adapted")
-    assert go(root, experiment(folders / "qwen2_vl", data, '("instruct", "prefer", "export")', LORA + PREFER)) == 0
+    extra = LORA + PREFER + WATCH + "prefer/Lora.dora = True\n"
+    assert go(root, experiment(folders / "qwen2_vl", data, '("instruct", "prefer", "export")', extra)) == 0
     return root
 
 
@@ -126,6 +146,20 @@ def test_adapters_are_trained_beside_the_folder_and_exported_alone(adapted, fold
     )
     checkpoint = sum(p.stat().st_size for p in (adapted / "run" / "instruct" / "checkpoints").rglob("*") if p.is_file())
     assert checkpoint < 4 * (folders / "qwen2_vl" / "model.safetensors").stat().st_size
+    told = read_json(adapted / "run" / "instruct" / "learns.json")
+    assert told["learns"] == lora.count(pairs)
+    assert {part["module"] for part in told["modules"] if part["by"] == "rank 2, alpha 16"} == {
+        "visual/blocks/attn", "model/layers/mlp", "model/layers/self_attn"
+    }  # fmt: skip
+
+
+def test_a_dry_run_tells_what_learns_of_a_folder(folders, data, tmp_path, capsys):
+    text = experiment(folders / "qwen2_vl", data, extra='Optimizer.rates = {{"visual": 0.0}}\n')
+    assert go(tmp_path, text, "--dry_run") == 0 and not (tmp_path / "run").exists()
+    told = capsys.readouterr().err
+    assert "instruct: what learns" in told and "visual/merger" in told and "frozen" in told
+    assert go(tmp_path, text.replace('"visual"', '"visul"'), "--dry_run") == 0
+    assert "cannot be told yet: Optimizer.rates names 'visul'" in capsys.readouterr().err
 
 
 def test_merged_they_are_a_folder_of_the_same_kind(adapted, folders, tmp_path):
@@ -147,7 +181,36 @@ def test_the_reference_of_preferences_is_the_model_that_they_begin_with(adapted,
         export_stage.main(["--run", str(adapted / "run"), "--stage", "prefer", "--out", str(adapted / "second")]) == 0
     )
     # What it lies over, the base and the adapters before it, is no folder that could be named.
-    assert read_json(adapted / "second" / "adapter_config.json")["base_model_name_or_path"] is None
+    told = read_json(adapted / "second" / "adapter_config.json")
+    assert told["base_model_name_or_path"] is None and told["use_dora"]
+
+
+def test_held_out_text_is_watched_in_every_stage(adapted, folders):
+    """Conversations and pairs, whole weights and adapters: of each the same documents, against sums by hand."""
+    found = {stage: watch.read(adapted / "run" / stage) for stage in ("instruct", "prefer")}
+    assert [line["step"] for line in found["instruct"]] == [line["step"] for line in found["prefer"]] == [0, 2, 3]
+    resolved = resolve(read_bindings(adapted / "folder.gin"), registry.SETTINGS)
+    stage = StageRun(resolved, adapted / "run", "instruct")
+    texts = stage.examples("plain", "test", Packing(row_tokens=192))
+    params, config = load_folder(folders / "qwen2_vl")
+    model, nats, size = MultimodalModel(config), 0.0, 0
+    with jax.numpy_rank_promotion("allow"):
+        for n in range(len(texts)):
+            tokens_L = texts.tokens_T[texts.starts_S[n] : texts.starts_S[n + 1]]
+            L = len(tokens_L)
+            places = {"segments_BL": np.ones((1, L), np.int32), "positions_3BL": np.tile(np.arange(L), (3, 1, 1))}
+            hidden_BLD = model.apply({"params": params}, tokens_BL=tokens_L[None], **places)
+            logits_LV = model.apply({"params": params}, hidden_BLD, method="logits")[0]
+            nats -= float(jax.nn.log_softmax(logits_LV)[np.arange(L - 1), tokens_L[1:]].sum())
+            size += int(stage.token_bytes_V[tokens_L[1:]].sum())
+    whole = sum(len(record.text.encode()) for record in stage.records("plain", "test")[0])
+    assert 2 < len(texts) < 10 and whole <= size <= whole + len(texts)  # a space before the first word
+    assert found["instruct"][0]["plain"] == pytest.approx(nats / np.log(2) / size, rel=1e-4)
+    # The next stage begins where this one ended, its adapters now in the weights.
+    assert found["prefer"][0]["plain"] == pytest.approx(found["instruct"][-1]["plain"], rel=1e-4)
+    assert found["instruct"][-1] != found["instruct"][0] and found["prefer"][-1] != found["prefer"][0]
+    told = read_json(adapted / "run" / "prefer" / "result.json")["numbers"]["watched"]
+    assert told == {"plain": [found["prefer"][0]["plain"], found["prefer"][-1]["plain"]]}
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llama", "llava_next"])
@@ -182,6 +245,16 @@ def test_it_begins_with_the_loss_of_the_folder(folders, data, tmp_path):
         ('Model.folder = ""', "width, layers, heads, kv_heads, mlp_width, vision_width, vision_layers, vision_heads"),
         ("Lora.rank = 2\nOptimizer.matrix_rate = 0.1", "Optimizer.matrix_rate = 0.1 is for whole matrices"),
         ('Lora.rank = 2\nLora.targets = ("q_prog",)', "targets names 'q_prog', which no matrix ends in"),
+        (
+            'Optimizer.rates = {"visual/mergr": 0.0}',
+            "names 'visual/mergr', which no parameter lies under: did you mean",
+        ),
+        ('Watch.texts = ("pairs",)', "names 'pairs', of which nothing is held out: set Sources.held_out = {'pairs': "),
+        ('Watch.texts = ("plian",)', "names 'plian', which is no source: did you mean 'plain'?"),
+        (
+            'Sources.held_out = {"talks": 0.3}\nWatch.texts = ("talks",)',
+            "instruct/Watch.texts names 'talks', which is not plain text: take it out",
+        ),
         ("export/Export.merge_lora = True", "trains the whole weights, no adapters; leave it out"),
         ('export/Export.stage = "instruc"', "stage 'instruc' trains no weights: expected one of instruct"),
     ],

@@ -40,7 +40,7 @@ class Run:
         loss = losses.next_token(worked.Bigram(), 1)
         self.update = make_update(loss, self.transform, optimizer.rate_tree(params, {}))
 
-    def go(self, folder, update=None, marks=MARKS, profile=None, **trainer):
+    def go(self, folder, update=None, marks=MARKS, profile=None, watch=None, **trainer):
         """The state that training in this folder ends with."""
         settings = Trainer(**({"steps": STEPS, "rows": 2, "save_seconds": 1e9} | trainer))
         checkpoints = Checkpoints(folder / "checkpoints", settings.keep, settings.keep_every)
@@ -57,6 +57,7 @@ class Run:
                 groups=self.rows.groups,
                 log=lambda start: metrics.Log(folder, "test", settings.steps, start, 0.9),
                 profile=profile,
+                watch=watch,
             )
         finally:
             checkpoints.close()

@@ -70,6 +70,37 @@ def test_the_longest_path_decides_the_rate():
         rate_tree(params, {"vis": 0.0})
 
 
+def test_patterns_name_modules_wherever_they_lie():
+    params = abstract_params(tiny(tied=False))
+
+    def named(rates):
+        """The parameters whose rate is not 1."""
+        return {name: rate for name, rate in leaves(rate_tree(params, rates)).items() if rate != 1}
+
+    assert named({"q_proj": 0.0}) == dict.fromkeys(
+        [f"model/layers/self_attn/q_proj/{x}" for x in ("weight", "bias")], 0
+    )
+    assert set(named({"mlp/up_proj": 2.0})) == {"model/layers/mlp/up_proj/weight"}
+    norms = {name for name in leaves(params) if "norm" in name}
+    assert set(named({"*norm*": 0.0})) == norms and len(norms) == 3 + 4
+    assert set(named({"*/norm": 0.0})) == {"model/norm/weight"}
+    assert set(named({"visual/*/mlp": 0.0})) == {n for n in leaves(params) if n.startswith("visual/") and "/mlp/" in n}
+    assert set(named({"bias": 0.0})) == {n for n in leaves(params) if n.endswith("/bias")}
+    # What ends deeper decides, then what is longer, then what leaves less open.
+    found = leaves(rate_tree(params, {"attn": 2.0, "visual": 0.0, "visual/b*": 3.0, "visual/blocks": 4.0}))
+    assert found["visual/blocks/attn/proj/weight"] == 2.0
+    assert found["visual/blocks/norm1/weight"] == 4.0
+    assert found["visual/merger/ln_q/weight"] == 0.0
+    with pytest.raises(
+        ValueError, match=r"q_proj/\w+ by '\*_proj' and 'q_pro\*' alike, with 0.0 and 2.0: name it more"
+    ):
+        rate_tree(params, {"*_proj": 0.0, "q_pro*": 2.0})
+    with pytest.raises(ValueError, match="names 'q_prj', which no parameter lies under: did you mean 'q_proj'"):
+        rate_tree(params, {"q_prj": 0.0})
+    with pytest.raises(ValueError, match="freezes all that is there: leave something to learn"):
+        rate_tree(params, {"model": 0.0, "visual": 0.0, "lm_head": 0.0})
+
+
 def test_frozen_parameters_have_no_state_and_others_their_own_rate():
     params = ones(abstract_params(tiny()))
     optimizer = make(Optimizer(1e-2, schedule="flat", clip=0.0, rates={"visual": 0.0, "model/norm": 0.5}), params, 10)

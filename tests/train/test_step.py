@@ -1,4 +1,4 @@
-"""One update: 8 rows at once and 8 times 1 row are the same, and what is frozen does not move by a bit."""
+"""One update: 8 rows at once and 8 times 1 row are the same."""
 
 import dataclasses
 
@@ -9,10 +9,9 @@ import pytest
 import worked
 
 from ain_jax.data.packing import Packing
-from ain_jax.models.multimodal import MultimodalModel, init_params
 from ain_jax.train import losses, optimizer, state
 from ain_jax.train.checkpoint import Checkpoints
-from ain_jax.train.optimizer import Optimizer, path_name
+from ain_jax.train.optimizer import Optimizer
 from ain_jax.train.step import make_update, rounded
 
 TEXT = Packing(row_tokens=24, row_targets=24)
@@ -58,23 +57,6 @@ def test_each_part_takes_every_so_manieth_row():
     update(begun, {}, {"row": jnp.arange(6)}, jax.random.key(0))
     jax.effects_barrier()
     assert sorted(seen) == [[0, 2, 4], [1, 3, 5]]
-
-
-def test_frozen_parameters_stay_bit_identical():
-    config = worked.CONFIG
-    params = init_params(config, jax.random.key(0))
-    settings = Optimizer(0.1, weight_decay=0.5, rates={"visual": 0.0, "model/embed_tokens": 0.0})
-    update, begun = made(losses.next_token(MultimodalModel(config), 2), params, settings)
-    batch, before = batch_of_rows(), jax.tree.map(np.array, params)
-    after, _, norm = update(begun, {}, batch, jax.random.key(0))
-    after, _, _ = update(after, {}, batch, jax.random.key(0))
-    assert float(norm) > 0
-    for (path, old), new in zip(
-        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after.params), strict=True
-    ):
-        name = path_name(path)
-        frozen = name.startswith(("visual/", "model/embed_tokens/"))
-        assert (old.tobytes() == np.asarray(new).tobytes()) == frozen, name
 
 
 def test_the_norm_is_of_the_mean_gradient_before_it_is_clipped():

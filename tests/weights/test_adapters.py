@@ -15,7 +15,7 @@ from ain_jax.generate import Prompt, rows_of
 from ain_jax.models import lora
 from ain_jax.models.config import ClipConfig, ModelConfig, TextConfig, tiny, to_hf
 from ain_jax.models.lora import Lora
-from ain_jax.models.multimodal import MultimodalModel
+from ain_jax.models.multimodal import MultimodalModel, init_params
 from ain_jax.weights.adapters import load_adapters, save_adapters
 from ain_jax.weights.export import write_json
 from ain_jax.weights.load import load_folder
@@ -95,7 +95,8 @@ def made_with_peft(folder, out, **settings):
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if ".lora_" in key:
-                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+                values = torch.randn(weight.shape, generator=generator)
+                weight.copy_(weight * (1 + 0.3 * values) if "magnitude" in key else 0.2 * values)
     model.save_pretrained(out)
     return model
 
@@ -103,7 +104,7 @@ def made_with_peft(folder, out, **settings):
 PATCHES = np.random.default_rng(5).normal(size=(16, CONFIGS["tied"].vision.patch_values)).astype(np.float32)
 
 
-def theirs(model):
+def theirs(model, grad=False):
     """logits_LV of the conversation, with its picture in a Qwen2-VL."""
     import torch
 
@@ -111,15 +112,16 @@ def theirs(model):
     if model.config.model_type == "qwen2_vl":
         inputs |= {"pixel_values": torch.tensor(PATCHES), "image_grid_thw": torch.tensor([GRID])}
         inputs |= {"mm_token_type_ids": (inputs["input_ids"] == 189).int()}
-    with torch.no_grad():
-        return model(**inputs).logits[0].numpy()
+    with torch.set_grad_enabled(grad):
+        logits_LV = model(**inputs).logits[0]
+    return logits_LV if grad else logits_LV.numpy()
 
 
 def ours(config, variables):
     sees = config.family == "qwen2_vl" and config.vision
     arrays = rows_of([Prompt(TOKENS, PATCHES, (GRID,)) if sees else Prompt(TOKENS)], config, 1, 16, 16 if sees else 0)
     arrays = {name: array for name, array in arrays.items() if name not in ("length_B", "next_position_B")}
-    return np.asarray(compiled(config)(variables, arrays))[0, : len(TOKENS)]
+    return compiled(config)(variables, arrays)[0, : len(TOKENS)]
 
 
 @lru_cache
@@ -136,10 +138,16 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
 
 
-def random_adapters(settings, config, seed=0, dtype=np.float32):
+def random_adapters(settings, config, seed=0, dtype=np.float32, params=None):
+    """Pairs of random values, none of them 0, and magnitudes that are near the columns' own lengths."""
     rng = np.random.default_rng(seed)
-    tree = lora.init(settings, config, jax.random.key(0))
-    return jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(dtype), tree)
+
+    def one(path, x):
+        values = rng.normal(size=x.shape)
+        is_length = jax.tree_util.keystr(path).endswith("['magnitude']")
+        return (np.asarray(x) * (1 + 0.3 * values) if is_length else 0.2 * values).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, lora.init(settings, config, jax.random.key(0), params))
 
 
 # Each has a setting that the others lack.
@@ -158,6 +166,17 @@ CASES = {
             "alpha_pattern": {r"self_attn\.o_proj": 3},
         },
     ),
+    "dora": (
+        "untied",
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "use_dora": True,
+            "target_modules": ["q_proj", "o_proj", "down_proj", "fc1", "qkv", "2", "embed_tokens", "lm_head"],
+            "rank_pattern": {"o_proj": 2},
+        },
+    ),
+    "dora in tiles": ("tiles", {"r": 2, "target_modules": "all-linear", "use_dora": True, "use_rslora": True}),
 }
 
 
@@ -175,12 +194,39 @@ def test_adapters_of_peft_give_its_logits(tmp_path, base, case):
     equal(ours(config, {"params": params, "lora": lora.scaled(adapters, read)}), unmerged)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_peft_opens_ours_to_the_same_logits(tmp_path, base, name):
+def test_the_gradients_of_dora_are_those_of_peft(tmp_path, base):
+    """No gradient goes through the length of a column, which would turn those of a and b."""
+    torch = pytest.importorskip("torch")
+    name, settings = CASES["dora"]
+    model = made_with_peft(base(name), tmp_path / "theirs", **settings)
+    params, config = load_folder(base(name))
+    adapters, read = load_adapters(tmp_path / "theirs", config, params)
+    weights_LV = np.random.default_rng(7).normal(size=(len(TOKENS), config.text.vocabulary)).astype(np.float32)
+
+    (theirs(model, grad=True) * torch.tensor(weights_LV)).sum().backward()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if ".lora_" in key:
+                weight.copy_(weight.grad)
+    model.save_pretrained(tmp_path / "gradients")
+    expected, _ = load_adapters(tmp_path / "gradients", config, params)
+
+    def score(tree):
+        return (ours(config, {"params": params, "lora": lora.scaled(tree, read)}) * weights_LV).sum()
+
+    found = jax.jit(jax.grad(score))(adapters)
+    size = lambda tree: {path: float(np.abs(leaf).max()) for path, leaf in jax.tree.leaves_with_path(tree)}
+    apart = size(jax.tree.map(lambda x, y: x - y, found, expected))
+    assert all(apart[path] < 1e-4 * largest for path, largest in size(expected).items()), apart
+
+
+@pytest.mark.parametrize(("name", "dora"), [*((name, False) for name in CONFIGS), ("untied", True)])
+def test_peft_opens_ours_to_the_same_logits(tmp_path, base, name, dora):
     params, config = load_folder(base(name))
     targets = ("all-linear", "embed_tokens") + (() if config.text.tied else ("lm_head",))
-    settings = Lora(3, 4.0, targets, rank_pattern={"q_proj": 5, "embed_tokens": 2}, alpha_pattern={"o_proj": 2.5})
-    adapters = random_adapters(settings, config)
+    ranks = {"q_proj": 5, "embed_tokens": 2}
+    settings = Lora(3, 4.0, targets, rank_pattern=ranks, alpha_pattern={"o_proj": 2.5}, dora=dora)
+    adapters = random_adapters(settings, config, params=params)
     save_adapters(adapters, settings, config, tmp_path / "ours", base=str(base(name)))
     model = with_peft(base(name), tmp_path / "ours")
     found = ours(config, {"params": lora.merge(params, adapters, settings)})
@@ -201,12 +247,12 @@ def test_all_linear_is_the_same_to_peft(tmp_path, base, name):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
-def test_saved_and_loaded_the_bits_are_the_same(tmp_path, tied, dtype):
+@pytest.mark.parametrize(("tied", "dora"), [(True, False), (False, False), (False, True)])
+def test_saved_and_loaded_the_bits_are_the_same(tmp_path, tied, dora, dtype):
     config = tiny(tied=tied, layers=3, windows=(4, 0))
     targets = ("model/embed_tokens", "o_proj", "down_proj", "attn/proj", "mlp/2")
-    settings = Lora(4, 2.5, targets, True, {"mlp/down_proj": 2}, {"o_proj": 3.0})
-    adapters = random_adapters(settings, config, dtype=dtype)
+    settings = Lora(4, 2.5, targets, True, {"mlp/down_proj": 2}, {"o_proj": 3.0}, dora)
+    adapters = random_adapters(settings, config, dtype=dtype, params=init_params(config, jax.random.key(0)))
     folder = save_adapters(adapters, settings, config, tmp_path / "a")
     loaded, read = load_adapters(folder, config)
     assert same(loaded, adapters)
@@ -216,7 +262,7 @@ def test_saved_and_loaded_the_bits_are_the_same(tmp_path, tied, dtype):
         assert (folder / name).read_bytes() == (again / name).read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == files
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
-    assert read == Lora(4, 2.5, ("embed_tokens", *targets[1:]), True, {"down_proj": 2}, {"o_proj": 3.0})
+    assert read == Lora(4, 2.5, ("embed_tokens", *targets[1:]), True, {"down_proj": 2}, {"o_proj": 3.0}, dora)
 
 
 def test_the_names_are_those_of_peft_today_and_older_ones_are_read(tmp_path):
@@ -268,11 +314,11 @@ def test_all_faults_are_told_at_once(saved):
         tensors[older.replace("language_model.", "")] = tensors[older]
         return tensors
 
-    attributes = {"use_dora": True, "modules_to_save": ["lm_head"], "bias": "all", "new_in_peft": 3, "newer": None}
+    attributes = {"lora_bias": True, "modules_to_save": ["lm_head"], "bias": "all", "new_in_peft": 3, "newer": None}
     with pytest.raises(ValueError) as error:
         load_adapters(edited(saved, attributes, spoil), tiny())
     for words in (
-        "adapter_config.json: use_dora=True is not handled; merge the adapter with PEFT and load the whole model",
+        "adapter_config.json: lora_bias=True is not handled; merge the adapter with PEFT and load the whole model",
         "adapter_config.json: modules_to_save=['lm_head'] is not handled",
         "adapter_config.json: new_in_peft=3 is not handled",
         "adapter_config.json: bias='all', expected 'none'",
@@ -303,6 +349,7 @@ def test_all_faults_are_told_at_once(saved):
         ({"alpha_pattern": {"0.mlp.up_proj": 3}}, r"layers.1.mlp.up_proj has alpha 16, expected 3 as in other layers"),
         ({"target_modules": ["q_proj", "up_proj", "v_proj"]}, r"0.self_attn.v_proj.lora_A.weight is missing"),
         ({"target_modules": None}, "target_modules=None; expected list or str"),
+        ({"use_dora": True}, r"1.mlp.up_proj.lora_magnitude_vector is missing, expected \(96,\)"),
     ],
 )
 def test_what_peft_would_do_otherwise_is_refused(saved, attributes, message):
@@ -342,6 +389,22 @@ def test_an_adapted_embedding_of_a_tied_model_must_be_the_heads_too(tmp_path):
         ValueError, match="lm_head is adapted, expected embed_tokens, to which this model's head is tied"
     ):
         load_adapters(edited(folder, {"target_modules": ["lm_head"]}, alone), config)
+
+
+def test_magnitudes_of_a_tied_embedding_are_refused(tmp_path, base):
+    """The embedding's columns run over the vocabulary, the head's over the width: PEFT has magnitudes for each."""
+    config, settings = tiny(tied=True), Lora(2, targets=("q_proj", "embed_tokens"), dora=True)
+    with pytest.raises(ValueError, match="dora adapts model/embed_tokens, to which this model's head is tied"):
+        lora.targeted(settings, config)
+    pairs = random_adapters(Lora(2, targets=("q_proj", "embed_tokens")), config)
+    pairs["model"]["embed_tokens"]["magnitude"] = np.ones(32, np.float32)
+    with pytest.raises(
+        ValueError, match=r"2 faults(.|\n)*embed_tokens: the head is (.|\n)*q_proj: magnitudes \[\], exp"
+    ):
+        save_adapters(pairs, settings, config, tmp_path / "ours")
+    made_with_peft(base("tied"), tmp_path / "theirs", target_modules=["embed_tokens"], r=1, use_dora=True)
+    with pytest.raises(ValueError, match="use_dora=True adapts embed_tokens, to which this model's head is tied"):
+        load_adapters(tmp_path / "theirs", config)
 
 
 def test_a_copy_of_the_base_must_be_the_base(tmp_path, base):

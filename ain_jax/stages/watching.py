@@ -1,0 +1,74 @@
+"""What a stage's held-out texts are, and how they are measured on whatever the stage trains."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ain_jax.data.builders.files import Sources
+from ain_jax.data.builders.sample_records import KINDS
+from ain_jax.data.packing import Packing
+from ain_jax.experiment import nearest
+from ain_jax.launching import processes
+from ain_jax.stages.common import StageRun, source_parts
+from ain_jax.train import losses
+from ain_jax.train.loop import Trainer
+from ain_jax.train.watch import Watch, Watcher
+
+
+def check(run: StageRun) -> None:
+    """Refuse, before anything runs, texts of which nothing is held out."""
+    sources = run.get(Sources)
+    for text in run.get(Watch).texts:
+        kind, _ = source_parts(text)
+        if kind not in sources.files and kind not in KINDS:
+            raise ValueError(
+                f"{run.stage}/Watch.texts names {text!r}, which is no source: {nearest(kind, [*sources.files, *KINDS])}"
+            )
+        if kind in sources.files and kind not in sources.held_out:
+            raise ValueError(
+                f"{run.stage}/Watch.texts names {text!r}, of which nothing is held out: set Sources.held_out = "
+                f"{{{kind!r}: 0.01}}, a share of its records"
+            )
+
+
+def watcher(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss]) -> Watcher | None:
+    """What measures the texts of `Watch` in bits per byte; None where none are watched. `aimed` as `training.aimed`.
+
+    They are plain documents in a stage of conversations or of pairs as well: what is asked is whether the language is
+    still known. Where a vocabulary grows by parts they are cut by the whole of it, so that values compare.
+    """
+    settings, trainer = run.get(Watch), run.get(Trainer)
+    if not settings.texts:
+        return None
+    packing = Packing(row_tokens=settings.row_tokens or run.get(Packing).row_tokens, too_long="split")
+    together = trainer.rows // trainer.accumulate  # as many rows as a step holds at once
+    batches, groups = {}, {}
+    for text in settings.texts:
+        if not run.records(source_parts(text)[0], "test")[0][0].text:
+            raise ValueError(f"{run.stage}/Watch.texts names {text!r}, which is not plain text: take it out")
+        name = f"watch_{text.replace('/', '_')}"
+        rows = run.rows({text: run.examples(text, "test", packing)}, None, None, name, packing=packing)
+        wanted = -(-settings.rows // together) if settings.rows else None
+        batches[text] = [batch for batch, _ in itertools.islice(run.batches(rows, together), wanted)]
+        groups[text] = len(rows.groups)
+
+    @functools.cache
+    def score(groups: int) -> Any:
+        aim = aimed(losses.next_token(run.model, groups, losses.PLAIN, run.token_bytes_V))
+        return jax.jit(lambda trained, frozen, batch: aim(trained, frozen, batch, None).parts["bits_per_byte"])
+
+    def measure(trained: Any, frozen: Any) -> dict[str, float]:
+        found = {}
+        for text, of_text in batches.items():
+            sums = [processes.fetch(score(groups[text])(trained, frozen, batch)) for batch in of_text]
+            bits, size = (
+                sum(float(np.sum(part, dtype=np.float64)) for part in parts) for parts in zip(*sums, strict=True)
+            )
+            found[text] = bits / size
+        return found
+
+    return Watcher(settings, run.folder, measure)
