@@ -56,9 +56,10 @@ EMOJI_LEFT_OUT = re.compile(
 
 
 # Pangea's 39 languages, by the codes of its model card (Hebrew is "iw" there).
-PANGEA = """
-am ar bg bn cs de el en es fa fr ga he hi id ig it ja jv ko mn ms nl no pl pt ro ru si su sw ta te th tr uk ur vi zh
-""".split()
+PANGEA = (
+    "am ar bg bn cs de el en es fa fr ga he hi id ig it ja jv ko mn ms nl no pl pt ro ru si su sw ta te th tr uk ur vi "
+    "zh"
+)
 
 
 @dataclass(frozen=True)
@@ -306,10 +307,10 @@ def names(get, out: Path) -> int:
 
     The keys are the only emoji which CLDR names in Sundanese.
     """
-    files = get("cldr-annotations-full", rf"package/annotations/({'|'.join(PANGEA)})/annotations\.json")
+    files = get("cldr-annotations-full", rf"package/annotations/({PANGEA.replace(' ', '|')})/annotations\.json")
     tables = {
         lang: json.loads(files[f"package/annotations/{lang}/annotations.json"])["annotations"]["annotations"]
-        for lang in PANGEA
+        for lang in PANGEA.split()
     }
     chosen = [json.loads(line) for line in (out / "emoji.jsonl").read_text(encoding="utf-8").splitlines()][::3]
     marks = {chr(int(row["id"], 16)): (row["id"], row["image"]) for row in chosen}
@@ -321,7 +322,7 @@ def names(get, out: Path) -> int:
         marks[chr(int(Path(name).name[:4], 16)) + "\u20e3"] = (Path(name).stem, image)
     rows = []
     for mark, (row_id, image) in marks.items():
-        found = {lang: tables[lang].get(mark, {}).get("tts") for lang in PANGEA}
+        found = {lang: tables[lang].get(mark, {}).get("tts") for lang in PANGEA.split()}
         spelt = {lang: clean(tts[0]) for lang, tts in found.items() if tts}
         rows.append({"id": row_id, "image": image, "names": spelt})
     return write_jsonl(out / "names.jsonl", rows)
