@@ -97,7 +97,7 @@ def _judged(asked: Sequence[Record]) -> Iterator[Row]:
 def instar(out: Path) -> Path:
     """Questions on the sample's terms, in the columns of the published set; every ninth answer is in English."""
     rows = []
-    for number, (name, source, arabic, english) in enumerate(translation_pairs(PARAMS, "train")[:400]):
+    for number, (name, source, arabic, english) in enumerate(translation_pairs(PARAMS, "train")[:180]):
         task = ("Classification", "Closed QA", "Open QA")[number % 3]
         question, answer = f"ما معنى «{english}» بالعربية؟", arabic
         if task == "Classification":

@@ -65,18 +65,20 @@ KINDS = {
 }
 
 
-def write_models(out: Path) -> list[Path]:
+NAMES = ("llama_2_twin", *KINDS)
+
+
+def write_models(out: Path, names: Sequence[str] = NAMES) -> list[Path]:
     """A folder of each: out/llama_2, out/qwen2_vl ..., and out/clip."""
-    with_ids = {name: lambda place, name=name: _byte_level(place, KINDS[name]) for name in KINDS}
-    made = [_write(name, out, how) for name, how in {"llama_2_twin": _sentencepiece, **with_ids}.items()]
-    return [*made, _clip(out / "clip")]
+    return [*(_write(name, out) for name in names), _clip(out / "clip")]
 
 
-def _write(name: str, out: Path, tokenizer: Any) -> Path:
+def _write(name: str, out: Path) -> Path:
     config, place = published(name), out / name.removesuffix("_twin")
     beside = out / f"{place.name}.tokenizer"
     beside.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.replace(config, **tokenizer(beside))
+    made = _byte_level(beside, KINDS[name]) if name in KINDS else _sentencepiece(beside)
+    config = dataclasses.replace(config, **made)
     images = ImageSettings() if config.vision else None
     card = f"# {place.name} in small\n\nRandom weights, seed {SEED}: `python -m ain_jax.twins` made them.\n"
     export_folder(init_params(config, _key(name)), config, beside, images, place, model_card=card)
