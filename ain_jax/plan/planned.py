@@ -60,8 +60,8 @@ class PlannedRun(StageRun):
             config = published(size)
         else:
             raise ValueError(
-                f"Model.folder = {', '.join(map(repr, self._not_there))} is not there; to plan without it name its sizes, for example "
-                'Model.size = "qwen2_vl_7b"'
+                f"Model.folder = {', '.join(map(repr, self._not_there))} is not there; to plan without it name its "
+                'sizes, for example Model.size = "qwen2_vl_7b"'
             )
         if not self.extended:
             return config

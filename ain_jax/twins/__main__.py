@@ -1,7 +1,9 @@
 """Write what the twins of experiments begin with: twins/models and twins/data.
 
-    python -m ain_jax.twins                      some seconds, 30 MB; nothing is downloaded
+    python -m ain_jax.twins
     python launch/local.py --exp ain_7b_twin
+
+It takes some seconds and 30 MB; nothing is downloaded.
 """
 
 import argparse

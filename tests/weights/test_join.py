@@ -1,4 +1,4 @@
-"""A language model and a CLIP, each as its maker publishes it, joined: the weights of both, and of the rest random ones."""
+"""A language model and a CLIP, each as its maker publishes it, joined: its weights and the others'."""
 
 import json
 
