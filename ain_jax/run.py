@@ -33,8 +33,9 @@ from ain_jax.launching import TOLD, Interrupted, OtherProcess
 # Settings that leave every number as it is: they may change between a run and its resumption.
 NEUTRAL = (
     *("Trainer.save_seconds", "Trainer.keep", "Trainer.keep_every", "Trainer.bad_steps", "Trainer.bad_steps_in_all"),
-    *("Trainer.peak_tflops", "Evaluation.shown", "Model.remat", "Model.size", "Budget.tokens"),
-    *("Watch.every", "Watch.stop_rise", "Experiment.description"),
+    *("Trainer.peak_tflops", "Evaluation.shown", "Model.remat", "Budget.tokens", "Watch.every", "Watch.stop_rise"),
+    *("Model.origin", "Model.vision_origin", "Tokenizer.origin", "Sources.origins"),
+    "Experiment.description",
 )
 LAST_SECONDS = 5
 LOST = 75  # the exit status of a process that lost the others (EX_TEMPFAIL)
@@ -87,7 +88,7 @@ def main(
     try:
         path = find_experiment(asked.exp, experiments)
         from ain_jax.launching import signals
-        from ain_jax.stages import learning, registry  # import jax: a mistyped name is told before that
+        from ain_jax.stages import learning, needs, registry  # import jax: a mistyped name is told before that
 
         bindings = read_bindings(path)
         overrides = [parse_override(text) for text in asked.overrides]
@@ -99,10 +100,14 @@ def main(
             )
         root = asked.run_dir or Path("runs") / resolved.experiment.name
         _check_stages(resolved, root)
+        missing = needs.missing(resolved, root, asked.stage)
         if asked.dry_run:
             print(resolved.text(), end="")
             learning.show_planned(resolved, root, (s for s in stages if resolved.experiment.kind(s) in registry.LOSS))
+            print("".join(f"not here yet: {line}\n" for line in missing), end="", file=sys.stderr)
             return 0
+        if missing:
+            raise ExperimentError("\n".join(missing))
         with signals.at_once():
             join()
             with _alone(root):

@@ -14,7 +14,6 @@ from ain_jax.models.attention import attention
 from ain_jax.models.config import ClipConfig
 from ain_jax.models.layers import (
     ACTIVATIONS,
-    Constant,
     Einsum,
     Norm,
     Normal,
@@ -194,7 +193,7 @@ class TileFeatures(nn.Module):
         x_BPE = ClipTower(self.config, self.dtype, self.remat, self.attention, name="vision_tower")(patches_BPK)
         project = Projector(self.config.width, self.out_width, self.dtype, name="multi_modal_projector")
         features_BPD = constrain(project(x_BPE), ("rows", None, None))  # what stands at a place may be any of them
-        init = declared(Constant(0.0), ("embed",))
+        init = declared(Normal(self.out_width**-0.5), ("embed",))  # as LLaVA-NeXT's own code draws it
         line_end_D: Any = gathered(self.param("image_newline", init, (self.out_width,), jnp.float32), ("embed",))
         shape = (features_BPD.shape[0], 1, self.out_width)
         end_B1D = jnp.broadcast_to(line_end_D.astype(self.dtype)[None, None], shape)

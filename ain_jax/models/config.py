@@ -363,11 +363,38 @@ PUBLISHED: Mapping[str, Callable[[], ModelConfig]] = {
 }
 
 
+def _twin(config: ModelConfig, vocabulary: int, heads: int = 4, kv_heads: int = 2, head_width: int = 16) -> ModelConfig:
+    """A published model in small, every setting but its sizes and its ids as it is."""
+    sizes = {"width": 64, "mlp_width": 128, "layers": 2, "heads": heads, "kv_heads": kv_heads, "head_width": head_width}
+    turned = {"mrope_section": (2, 3, 3)} if config.text.mrope_section else {}
+    text = dataclasses.replace(config.text, vocabulary=vocabulary, **sizes, **turned)
+    tower: dict[str, Any] = {"width": 32, "layers": 3, "heads": 2, "mlp_width": 128}
+    if isinstance(config.vision, ClipConfig):
+        grids = tuple((28 * rows // 336, 28 * columns // 336) for rows, columns in config.vision.pinpoints)
+        tower |= {"tile": 28, "pinpoints": grids}
+    vision = dataclasses.replace(config.vision, **tower) if config.vision else None
+    # The id of a placeholder is its tokenizer's, as all ids are: any that is there will do.
+    ids = {name: 0 for name, value in config.token_ids().items() if value is not None}
+    return dataclasses.replace(config, text=text, vision=vision, **ids)
+
+
+# Published models in small, for the twins of experiments; `python -m ain_jax.twins` writes folders of them.
+TWINS: Mapping[str, Callable[[], ModelConfig]] = {
+    "llama_2_twin": lambda: _twin(llama_2("7b"), 32000, kv_heads=4),
+    "llama_3_twin": lambda: _twin(llama_3_8b(), 2048),
+    "gemma_twin": lambda: _twin(gemma_7b(), 2048, kv_heads=4, head_width=32),
+    "qwen2_twin": lambda: _twin(qwen2_7b(), 2048),
+    "qwen2_vl_twin": lambda: _twin(qwen2_vl_7b(), 2048),
+    "pangea_twin": lambda: _twin(pangea_7b(), 2048),
+}
+
+
 def published(name: str) -> ModelConfig:
-    """The published sizes of a name, "qwen2_vl_7b"; ValueError with the names that there are."""
-    if name not in PUBLISHED:
-        raise ValueError(f"no published sizes {name!r}: {nearest(name, list(PUBLISHED))}")
-    return PUBLISHED[name]()
+    """The published sizes of a name, "qwen2_vl_7b", or those of a twin; ValueError with the names that there are."""
+    known = {**PUBLISHED, **TWINS}
+    if name not in known:
+        raise ValueError(f"no published sizes {name!r}: {nearest(name, list(known))}")
+    return known[name]()
 
 
 def _size(family: str, size: str, sizes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:

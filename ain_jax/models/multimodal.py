@@ -120,15 +120,18 @@ def packed(segments_BL, backend: str | tuple[str, ...] = "xla") -> Attend:
     return lambda q_BLNH, k_BLKH, v_BLKH, memory, **rules: (attend(q_BLNH, k_BLKH, v_BLKH, **rules), memory)
 
 
-def init_params(config: ModelConfig, key, layout: Any = None) -> dict[str, Any]:
+def init_params(config: ModelConfig, key, layout: Any = None, part: str = "") -> dict[str, Any]:
     """Fresh parameters as one plain nested dict: float32 on one device, or as a layout says, the tree of
-    ShapeDtypeStructs with dtype and sharding that `sharding.layout` makes.
+    ShapeDtypeStructs with dtype and sharding that `sharding.layout` makes. With `part` those under that name alone.
 
     Each is drawn by its declared initializer on the host, from the key and its own place in the tree: the same on any
     number of devices and any version of jax, and nothing is compiled (XLA takes half a second for each shape). The host
     holds one of them at a time, and no device more than its part.
     """
-    boxes, tree = jax.tree.flatten(_declarations(config), is_leaf=lambda x: isinstance(x, Declared))
+    declared = _declarations(config)
+    declared = {part: declared[part]} if part else declared
+    boxes, tree = jax.tree.flatten(declared, is_leaf=lambda x: isinstance(x, Declared))
+    layout = {part: layout[part]} if part and layout is not None else layout
     places = [None] * len(boxes) if layout is None else tree.flatten_up_to(layout)
     seed = np.asarray(jax.random.key_data(key)).tolist()
 

@@ -52,18 +52,18 @@ class PlannedRun(StageRun):
     @functools.cached_property
     def config(self) -> ModelConfig:
         """The model's sizes: from the folders that are there, else from Model.size and Tokenizer.pieces."""
-        if self.has_tokenizer:
+        if self.has_tokenizer and not self._not_there:
             return super().config
         if self.base is None:
             return self._from_sizes()
-        if (self.base / "config.json").is_file():
+        if not self._not_there:
             config = self._published(self.base)
         elif size := self.get(Model).size:
             config = published(size)
         else:
             raise ValueError(
-                f"Model.folder = {str(self.base)!r} is not there; to plan without it name its sizes, for example "
-                'Model.size = "qwen2_vl_7b"'
+                f"Model.folder = {', '.join(map(repr, self._not_there))} is not there; to plan without it name its "
+                'sizes, for example Model.size = "qwen2_vl_7b"'
             )
         if not self.extended:
             return config
@@ -72,8 +72,19 @@ class PlannedRun(StageRun):
         rows = embeddings.padded_rows(config.text.vocabulary, config.text.vocabulary + self._pieces, multiple)
         return dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=rows))
 
+    @property
+    def _not_there(self) -> list[str]:
+        """The folders of the model that hold no config."""
+        folders = (self.get(Model).folder, self.get(Model).vision_folder)
+        return [folder for folder in folders if folder and not (Path(folder) / "config.json").is_file()]
+
     def _from_sizes(self) -> ModelConfig:
         path = sample_path(self.of(EXTEND).get(Tokenizer).base)
+        if size := self.get(Model).size:  # weights at random, with the rows of the extended tokenizer
+            known = len(base.open_base(path).backend.get_vocab()) + self._pieces if path.exists() else 0
+            config, multiple = published(size), self.get(Model).vocabulary_multiple
+            rows = embeddings.padded_rows(0, known, multiple) if known else config.text.vocabulary
+            return dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=rows))
         ids = len(base.open_base(path).backend.get_vocab()) + self._pieces
         names = ("image", "video", "vision_start", "vision_end", "eos", "pad")
         return self._sized(ids, **{f"{name}_token_id": number for number, name in enumerate(names)})
@@ -137,8 +148,8 @@ class PlannedRun(StageRun):
     def assumed(self) -> list[str]:
         """What is not there to be read, and what is taken for it."""
         faults = []
-        if self.base is not None and not (self.base / "config.json").is_file():
-            faults.append(f"{self.base} is not there: sizes of {self.get(Model).size}")
+        if self._not_there:
+            faults.append(f"{', '.join(self._not_there)} is not there: sizes of {self.get(Model).size}")
         if self.extended and not self.has_tokenizer:
             faults.append(f"no extended tokenizer yet: {self._pieces:,} new rows")
         if self.pack_plan is None:

@@ -10,7 +10,7 @@ FOLDER = Path(__file__).resolve().parent
 
 @lru_cache
 def rows(name: str) -> tuple[dict[str, Any], ...]:
-    """The rows of `name`.jsonl: udhr, handbook, dialect, emoji, flags or terms."""
+    """The rows of `name`.jsonl: udhr, handbook, dialect, emoji, names, flags or terms."""
     path = FOLDER / f"{name}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.jsonl")))

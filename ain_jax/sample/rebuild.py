@@ -55,6 +55,13 @@ EMOJI_LEFT_OUT = re.compile(
 )
 
 
+# Pangea's 39 languages, by the codes of its model card (Hebrew is "iw" there).
+PANGEA = (
+    "am ar bg bn cs de el en es fa fr ga he hi id ig it ja jv ko mn ms nl no pl pt ro ru si su sw ta te th tr uk ur vi "
+    "zh"
+)
+
+
 @dataclass(frozen=True)
 class Package:
     client: str  # pip, npm or apt
@@ -295,6 +302,32 @@ def emoji(get, out: Path) -> int:
     return write_jsonl(out / "emoji.jsonl", rows)
 
 
+def names(get, out: Path) -> int:
+    """Names in each language of PANGEA that has one: of a third of the chosen emoji, and of the keys from 0 to 9.
+
+    The keys are the only emoji which CLDR names in Sundanese.
+    """
+    files = get("cldr-annotations-full", rf"package/annotations/({PANGEA.replace(' ', '|')})/annotations\.json")
+    tables = {
+        lang: json.loads(files[f"package/annotations/{lang}/annotations.json"])["annotations"]["annotations"]
+        for lang in PANGEA.split()
+    }
+    chosen = [json.loads(line) for line in (out / "emoji.jsonl").read_text(encoding="utf-8").splitlines()][::3]
+    marks = {chr(int(row["id"], 16)): (row["id"], row["image"]) for row in chosen}
+    keys = get("emoji-datasource-google", r"package/img/google/64/003[0-9]-fe0f-20e3\.png")
+    (out / "keys").mkdir(exist_ok=True)
+    for name, picture in sorted(keys.items()):
+        image = f"keys/{Path(name).name}"
+        (out / image).write_bytes(picture)
+        marks[chr(int(Path(name).name[:4], 16)) + "\u20e3"] = (Path(name).stem, image)
+    rows = []
+    for mark, (row_id, image) in marks.items():
+        found = {lang: tables[lang].get(mark, {}).get("tts") for lang in PANGEA.split()}
+        spelt = {lang: clean(tts[0]) for lang, tts in found.items() if tts}
+        rows.append({"id": row_id, "image": image, "names": spelt})
+    return write_jsonl(out / "names.jsonl", rows)
+
+
 def cldr_names(get, kind: str) -> dict[str, tuple[str, str]]:
     """Code -> (Arabic, English) of CLDR's territories, languages or currencies; short where both can be."""
     package = "cldr-numbers-full" if kind == "currencies" else "cldr-localenames-full"
@@ -404,6 +437,14 @@ SOURCES = {
         "Pictures: Noto Emoji, Google. Names and keywords: Unicode CLDR annotations. Package: Cal Henderson",
         "256 pictures as they are; names and keywords joined by character",
         (("mistral-common", r".*\.dist-info/licenses/LICENSE"), ("cldr-annotations-full", "package/LICENSE"),
+         ("emoji-datasource-google", "package/LICENSE")),
+    ),
+    "names": Source(  # behind the emoji, whose names they are
+        names, "names.jsonl, keys/", ("cldr-annotations-full", "emoji-datasource-google"),
+        "Unicode-3.0 (names), Apache-2.0 (pictures), MIT (package)",
+        "Names in Pangea's 39 languages: Unicode CLDR annotations. Pictures of keys: Noto Emoji, Google",
+        "Names of 86 of the emoji above and of 10 keys joined by character; pictures as they are",
+        (("cldr-annotations-full", "package/LICENSE"), ("mistral-common", r".*\.dist-info/licenses/LICENSE"),
          ("emoji-datasource-google", "package/LICENSE")),
     ),
     "flags": Source(

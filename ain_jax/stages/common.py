@@ -45,9 +45,10 @@ from ain_jax.tokenizer.with_template import Templated, with_template
 from ain_jax.train import checkpoint, rows
 from ain_jax.train.loop import Trainer
 from ain_jax.train.optimizer import Optimizer, path_name
-from ain_jax.weights import embeddings, load
+from ain_jax.weights import embeddings, join, load
 
 EXTEND = "extend_tokenizer"
+OTHERS = "others"  # the part of a source that no other part in the mixture has
 NEW_ROWS = "new_rows.npz"  # beside the tokenizer: the rows of its new pieces before any step
 
 T = TypeVar("T")
@@ -61,10 +62,16 @@ class Model:
     extend_tokenizer a published model's rows grow by its new pieces: into its spare rows first, then by a multiple.
 
     `size` names the published sizes that `folder` is expected to hold ("qwen2_vl_7b", see `config.PUBLISHED`): a folder
-    of another model is refused, and a plan needs no folder.
+    of another model is refused, and a plan needs no folder. Without a folder such a model begins at random weights.
+
+    With `vision_folder`, a published CLIP, `folder` is a language model, and the two are joined as a LLaVA-NeXT, whose
+    projector begins at random.
     """
 
     folder: str = ""  # as transformers saves it
+    origin: str = ""  # where to get it from, told where it is not there: "Qwen/Qwen2-VL-7B-Instruct on ..."
+    vision_folder: str = ""
+    vision_origin: str = ""
     size: str = ""
     width: int = 0
     layers: int = 0
@@ -86,19 +93,19 @@ class Model:
     attention: Literal["auto", "xla", "splash", "cudnn", "tokamax"] = "auto"  # "auto": by the mesh's devices
 
     def __post_init__(self):
-        how = ("folder", "size", "remat", "dtype", "param_dtype", "attention", "vocabulary_multiple")
-        sizes = [f for f in dataclasses.fields(self) if f.name not in how]
+        how = ("folder", "origin", "vision_folder", "vision_origin", "size", "remat", "dtype", "param_dtype")
+        sizes = [f for f in dataclasses.fields(self) if f.name not in (*how, "attention", "vocabulary_multiple")]
         if self.size:
             published(self.size)
-            if not self.folder:
-                raise ValueError(
-                    f"size = {self.size!r} without folder: give the folder where its weights lie, or will lie; it need "
-                    "not be there for a plan"
-                )
-        if self.folder:
+        if self.vision_folder and not self.folder:
+            raise ValueError(
+                f"vision_folder = {self.vision_folder!r} without folder: give the language model that it is joined with"
+            )
+        if self.folder or self.size:
             given = [f.name for f in sizes if getattr(self, f.name) != f.default]
+            what = f"folder = {self.folder!r}" if self.folder else f"size = {self.size!r}"
             if given:
-                raise ValueError(f"folder = {self.folder!r} has sizes of its own: leave {', '.join(given)} out")
+                raise ValueError(f"{what} has sizes of its own: leave {', '.join(given)} out")
             return
         missing = [f.name for f in sizes if f.default == 0 and getattr(self, f.name) < 1]
         if missing:
@@ -170,7 +177,7 @@ class StageRun:
             if not folder.is_dir():
                 raise ValueError(f"{folder} is not there yet: run the stage {EXTEND} first")
             return folder
-        _refuse_missing(self.base)
+        self._refuse_missing(self.base)
         return self.templated.folder if self.templated else self.base
 
     @functools.cached_property
@@ -202,6 +209,8 @@ class StageRun:
                 text = dataclasses.replace(config.text, vocabulary=self.templated.rows)
                 return dataclasses.replace(config, text=text, eos_token_id=self.templated.stop_token_ids)
             return self._grown(config) if self.extended else config
+        if size := self.get(Model).size:
+            return self._drawn(size)
         ids: dict[str, Any] = {
             f"{name}_token_id": self.token(f"<|{token}|>")
             for name, token in (
@@ -214,6 +223,18 @@ class StageRun:
             )
         }
         return self._sized(len(self.tokenizer), bos_token_id=self.tokenizer.bos_token_id, **ids)
+
+    def _drawn(self, size: str) -> ModelConfig:
+        """Published sizes for weights that begin at random, with the rows and the ids of this run's tokenizer."""
+        config = published(size)
+        if config.vision is not None:
+            raise ValueError(
+                f"Model.size = {size!r} without folder: a model that sees begins at random by sizes of its own "
+                "(width, layers ...); give the folder where its weights lie, or will lie"
+            )
+        rows = padded_vocab(len(self.tokenizer), self.get(Model).vocabulary_multiple)
+        ids = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        return dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=rows), **ids)
 
     def _sized(self, ids: int, **token_ids: Any) -> ModelConfig:
         """A Qwen2-VL of the sizes of Model and ImageSettings, with rows for so many ids."""
@@ -245,8 +266,11 @@ class StageRun:
 
     def _published(self, folder: Path) -> ModelConfig:
         """The config of a published folder, which must hold what `Model.size` names."""
-        _refuse_missing(folder)
+        self._refuse_missing(folder)
         config, size = load.load_config(folder), self.get(Model).size
+        if vision := self.get(Model).vision_folder:
+            rows = self.templated.rows if self.templated else config.text.vocabulary
+            config = join.joined_config(config, Path(vision), self.tokenizer, rows)
         if size:
             theirs, ours = (
                 {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -263,6 +287,10 @@ class StageRun:
                     + (f" and {len(other) - 3} more" if len(other) > 3 else "")
                 )
         return config
+
+    def _refuse_missing(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(absent("Model.folder", str(folder), self.get(Model).origin))
 
     def _grown(self, config: ModelConfig) -> ModelConfig:
         """The published model's config with rows for the new ids, and the end and padding ids of its new template."""
@@ -308,6 +336,8 @@ class StageRun:
         return dataclasses.replace(settings, **bounds)
 
     def _processor(self, folder: Path) -> PictureSettings:
+        if vision := self.get(Model).vision_folder:
+            return join.joined_tiles(Path(vision), self.config)
         return load.load_image_settings(folder, self.config)
 
     @functools.cached_property
@@ -354,14 +384,20 @@ class StageRun:
     ) -> Examples:
         """The tokenised examples of a source named as in a mixture: "read", or a part of it.
 
-        A part is a language, "documents/ar", or of preference pairs a kind, "preference/neighbour_answer". Where the
-        vocabulary grows, each `part` of the stage has a share of the records of its own, cut by its own tokenizer.
+        A part is a language, "documents/ar", or of preference pairs a kind, "preference/neighbour_answer", or a task,
+        "instar/closed_qa"; "instar/others" is what no other part of it in the mixture has. Where the vocabulary grows,
+        each `part` of the stage has a share of the records of its own, cut by its own tokenizer.
         """
         packing = packing or self.get(Packing)
         kind, label = source_parts(name)
         whole, mark = self.records(kind, split)
         try:
-            records = whole.select(label) if label else whole
+            records = whole
+            if label == OTHERS:
+                named = [part for source, part in map(source_parts, self.get(Mixture).weights) if source == kind]
+                records, mark = whole.without(set(named) - {OTHERS}), f"{mark} without {sorted(named)}"
+            elif label:
+                records = whole.select(label)
         except ValueError as error:
             raise ValueError(f"source {name!r}: {error}") from None
         tokenizer, mark = self.tokenizer, "/".join((mark, split, name))
@@ -484,8 +520,12 @@ class StageRun:
     def initial_params(self) -> Any:
         """The parameters before any stage: the published model's, or random ones, the same for every stage."""
         if self.base:
-            config = load.load_config(self.base)
-            params = load.load_params(self.base, config, jnp.dtype(self.get(Model).param_dtype), self.mesh)
+            config, settings = load.load_config(self.base), self.get(Model)
+            params = load.load_params(self.base, config, jnp.dtype(settings.param_dtype), self.mesh)
+            if settings.vision_folder:
+                params["visual"] = join.visual_params(
+                    Path(settings.vision_folder), self.config, self._parameters_key, self.layout(), self.mesh
+                )
             if self.extended:
                 first, made = self.new_rows[0], embeddings.load_rows(self.root / EXTEND / NEW_ROWS)
             elif self.templated and self.templated.special_tokens:
@@ -496,8 +536,11 @@ class StageRun:
                 return params
             grown = embeddings.grow_tables(params, made, first, self.config.text.vocabulary)
             return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), grown, self.layout())
-        key = jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
-        return init_params(self.config, key, self.layout())
+        return init_params(self.config, self._parameters_key, self.layout())
+
+    @property
+    def _parameters_key(self) -> Any:
+        return jax.random.key(zlib.crc32(f"{self.resolved.experiment.seed}/parameters".encode()))
 
     def initial_adapters(self, params: Any) -> Any:
         """The low-rank pairs that this stage begins with, beside these parameters."""
@@ -549,9 +592,11 @@ class StageRun:
         return checkpoint.load_params(self.root / stage / "checkpoints", like, step, self.tokenizer_mark)
 
 
-def _refuse_missing(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"Model.folder = {str(folder)!r} is not there: give the folder of a published model")
+def absent(setting: str, path: str, origin: str) -> str:
+    """That a setting names a path where nothing lies, and what to get from where."""
+    return f"{setting} = {path!r} is not there: " + (
+        f"{origin}, into {path}" if origin else "give the folder of a published model"
+    )
 
 
 def source_parts(name: str) -> tuple[str, str]:

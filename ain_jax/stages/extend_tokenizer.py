@@ -28,6 +28,7 @@ class Tokenizer:
     # A folder, a tokenizer.json or a SentencePiece model; "sample:..." lies in the package's sample. "" takes the
     # tokenizer of Model.folder.
     base: str = ""
+    origin: str = ""  # where to get it from, told where it is not there
     pieces: int = 2000  # new ids
     learn_from: tuple[str, ...] = ("documents/ar",)  # sources of the text that pieces are learnt from
     keep: tuple[str, ...] = ("documents/en",)  # sources in languages that the model knows
@@ -41,29 +42,21 @@ class Tokenizer:
 
 
 def check(stage: common.StageRun) -> None:
-    """Refuse, before anything runs, a base that is not there, or two of them."""
+    """Refuse, before anything runs, no base or two of them."""
     _base(stage)
 
 
 def _base(stage: common.StageRun) -> Path:
-    """The tokenizer to extend."""
+    """The tokenizer to extend; whether it is there, `needs` tells."""
     settings = stage.get(Tokenizer)
-    if stage.base is not None:
-        if settings.base:
-            raise ValueError(
-                f"Tokenizer.base = {settings.base!r} beside Model.folder = {str(stage.base)!r}: a published model "
-                "reads with its own tokenizer; leave Tokenizer.base out"
-            )
-        if not stage.base.is_dir():
-            raise ValueError(f"Model.folder = {str(stage.base)!r} is not there: give the folder of a published model")
-        return stage.base
-    path = common.sample_path(settings.base)
-    if not settings.base or not path.exists():
+    if stage.base is not None and settings.base:
         raise ValueError(
-            f"Tokenizer.base = {settings.base!r}: no such file or folder ({path}); give a folder, a tokenizer.json or "
-            "a SentencePiece model"
+            f"Tokenizer.base = {settings.base!r} beside Model.folder = {str(stage.base)!r}: a published model "
+            "reads with its own tokenizer; leave Tokenizer.base out"
         )
-    return path
+    if stage.base is None and not settings.base:
+        raise ValueError("Tokenizer.base is empty: give a folder, a tokenizer.json or a SentencePiece model")
+    return stage.base or common.sample_path(settings.base)
 
 
 def run(stage: common.StageRun) -> dict[str, Any]:

@@ -41,6 +41,9 @@ class Chat:
     template: str = ""  # "" is the tokenizer's own; or one of ours by name: chatml, llama2, llama3, gemma ...
     learn: tuple[str, ...] = ("assistant",)  # the roles whose words are learnt, each with the end of its turn
     turns: Literal["all", "last"] = "all"  # of these roles' turns
+    # Tokens learnt wherever they stand, in anyone's turn, each one token of the vocabulary. Pangea's loader does so
+    # with ("<|im_start|>", "<|im_end|>", "\n"), by which the marks of users' turns are learnt too.
+    also_learn: tuple[str, ...] = ()
 
     def __post_init__(self):
         faults = []
@@ -61,6 +64,8 @@ class Chat:
                     )
             if len(set(self.learn)) < len(self.learn):
                 faults.append(f"learn = {self.learn!r}: a role is named twice")
+        if isinstance(self.also_learn, str) or not all(self.also_learn):
+            faults.append(f"also_learn = {self.also_learn!r}: expected tokens, as in ('<|im_end|>',), or ()")
         if self.turns not in ("all", "last"):
             faults.append(f"turns = {self.turns!r}: expected 'all' or 'last'")
         if faults:
@@ -113,6 +118,7 @@ def encode_chats(
     renderer, faults = _renderer(tokenizer, settings), {}
     masks = Masks(renderer, settings.learn, settings.turns == "last")
     texts: dict[int, tuple[str, list[Span]]] = {}
+    also = _also_learnt(tokenizer, settings)
     for number, (messages, counts) in enumerate(chats):
         try:
             parts, kinds = renderer.messages(messages, len(counts))
@@ -122,7 +128,7 @@ def encode_chats(
     results = []
     for (number, (text, _)), found in zip(texts.items(), encode_spans(tokenizer, list(texts.values())), strict=True):
         try:
-            results.append(_finish(tokenizer, renderer, text, *found, chats[number][1]))
+            results.append(_finish(tokenizer, renderer, text, *found, chats[number][1], also))
         except ValueError as error:
             faults[number] = str(error)
     if faults and len(chats) == 1:
@@ -192,8 +198,23 @@ def _renderer(tokenizer: Any, settings: Chat) -> Renderer:
     return Renderer(tokenizer, template.text)
 
 
+def _also_learnt(tokenizer: Any, settings: Chat) -> list[int]:
+    """The ids of `also_learn`; ValueError for what is not one token."""
+    found = [encode(tokenizer, [text])[0].ids for text in settings.also_learn]
+    wrong = [f"{text!r} ({len(ids)})" for text, ids in zip(settings.also_learn, found, strict=True) if len(ids) != 1]
+    if wrong:
+        raise ValueError(f"Chat.also_learn: expected single tokens, and this tokenizer cuts {', '.join(wrong)}")
+    return [ids[0] for ids in found]
+
+
 def _finish(
-    tokenizer: Any, renderer: Renderer, text: str, ids: np.ndarray, learn: np.ndarray, counts: Sequence[int]
+    tokenizer: Any,
+    renderer: Renderer,
+    text: str,
+    ids: np.ndarray,
+    learn: np.ndarray,
+    counts: Sequence[int],
+    also: Sequence[int],
 ) -> Encoded:
     """Ids and mask without the places of pictures, once nothing is found wrong with them."""
     places = np.zeros(len(ids), bool)
@@ -204,7 +225,7 @@ def _finish(
             f"{places.sum()} places for pictures among the ids and {sum(counts)} expected ({list(counts)}): the "
             f"tokenizer does not keep {' and '.join(renderer.pads.values())} whole"
         )
-    learn = learn & ~places
+    learn = (learn | np.isin(ids, also)) & ~places
     if not learn.any():
         raise ValueError(
             "the chat template leaves no token to learn from; put {% generation %} around what is said: "

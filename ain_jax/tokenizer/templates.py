@@ -9,6 +9,7 @@ blanks at the edges (kept, or trimmed as the family does) and in the token that 
     gemma                            <end_of_turn>; the assistant is called model
     llama2, mistral                  the tokenizer's own end token behind "[INST] ... [/INST]"
     zephyr, alpaca, plain, llava     the tokenizer's own end token; llava writes <image>
+    llava_chatml                     as qwen2_vl with <image> for a picture, as LLaVA-NeXT over Qwen2 is trained
 """
 
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ TABLE: Mapping[str, tuple[tuple[str, ...], str]] = {
     "alpaca": ((), ""),
     "plain": ((), ""),
     "llava": (("<image>",), ""),
+    "llava_chatml": ((*CHATML, "<image>"), "<|im_end|>"),
 }
 
 

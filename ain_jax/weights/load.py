@@ -52,21 +52,28 @@ def load_folder(
 
 
 def load_params(
-    folder: str | Path, config: ModelConfig, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+    folder: str | Path,
+    config: ModelConfig,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    part: str = "",
+    beside: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The parameters of a folder whose config is known, in our tree, laid over the mesh as `sharding.RULES` says.
 
     Cast to `dtype`, or as stored where none is given; on one device where no mesh is. Every process of the mesh calls
-    this. Raises one ValueError that lists every tensor that has no place, every place named twice or left empty, and
-    every wrong shape.
+    this. With `part` they are those under that path alone, of a folder that holds no others of this model; tensors
+    whose names begin with one of `beside` are not read. Raises one ValueError that lists every tensor that has no
+    place, every place named twice or left empty, and every wrong shape.
     """
     folder, letters = Path(folder), sizes(config)
-    places = {canonical(place.name): place for place in published(config)}
-    tensors = stored(folder)
+    places = {canonical(place.name): place for place in published(config) if place.path.startswith(part)}
+    tensors = [tensor for tensor in stored(folder) if not tensor.name.startswith(beside)]
     faults = _faults(tensors, places, letters, config.text.tied, cast=dtype is not None)
     if faults:
         raise ValueError(f"{folder}: {len(faults)} faults:\n  " + "\n  ".join(faults))
-    _check_tied_copy(tensors, config.text.tied)
+    if not part:
+        _check_tied_copy(tensors, config.text.tied)
 
     mesh = mesh or sharding.one_device()
     layout = sharding.layout(axis_names(config), abstract_params(config), mesh)

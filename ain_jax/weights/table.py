@@ -217,7 +217,8 @@ def _stacks(row: Row, config: ModelConfig) -> list[tuple[str, int]]:
     return [(name, layers) for name, _, layers in config.text.stacks()]
 
 
-# Beginnings of names: of transformers 4.52 and later, of the LLaVA-NeXT that it calls -hf, and of LLaVA's own code.
+# Beginnings of names: of transformers 4.52 and later, of the LLaVA-NeXT that it calls -hf, of LLaVA's own code, and of
+# a CLIP by itself.
 # The first that fits is taken.
 SPELLINGS = (
     ("model.language_model.", "model."),
@@ -229,6 +230,7 @@ SPELLINGS = (
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("vision_tower.vision_model.", "vision_tower.vision_model."),
     ("vision_tower.", "vision_tower.vision_model."),
+    ("vision_model.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "multi_modal_projector.linear_2."),

@@ -27,7 +27,7 @@ TINY = SampleParams(
     preference_pairs=12,
     preference_test_pairs=8,
 )
-SOURCES = ("udhr", "handbook", "dialect", "emoji", "flags", "terms", "tokenizer", "fonts")
+SOURCES = ("udhr", "handbook", "dialect", "emoji", "names", "flags", "terms", "tokenizer", "fonts")
 SPLITS = [(kind, split) for kind, (_, splits) in made.KINDS.items() for split in splits]
 
 

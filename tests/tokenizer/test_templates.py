@@ -38,7 +38,7 @@ WRITTEN = {
     "plain": "<s>Be brief.\nhi\n[yes</s>]\nwhy?\n[ها</s>]\n",
     "llava": "<s>Be brief. USER: hi ASSISTANT:[ yes</s>]USER: why? ASSISTANT:[ ها</s>]",
 }
-WRITTEN["qwen2_vl"] = WRITTEN["chatml"]
+WRITTEN["qwen2_vl"] = WRITTEN["llava_chatml"] = WRITTEN["chatml"]
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +195,47 @@ def test_pictures_and_videos(opened):
     for name in ("llama3", "mistral"):
         with pytest.raises(ValueError, match=r"has no token <\|image_pad\|>"):
             encode_chat(opened[name], talk, (1,))
+
+
+@pytest.fixture(scope="module")
+def over_qwen2(tmp_path_factory):
+    """Qwen2's kind of tokenizer with a token for pictures."""
+    place = tmp_path_factory.mktemp("over_qwen2")
+    return load_tokenizer(
+        with_template(tiny_bases.byte_level(place / "base"), "llava_chatml", place / "made", 710).folder
+    )
+
+
+def test_marks_are_learnt_where_pangea_learns_them(over_qwen2):
+    """As Pangea's loader: every id of a turn's mark or of a line break alone gets its label back, whoever speaks."""
+    ids, learn = encode_chat(over_qwen2, TALK)
+    marks = ("<|im_start|>", "<|im_end|>", "\n")
+    again, more = encode_chat(over_qwen2, TALK, (), Chat(also_learn=marks))
+    wanted = {over_qwen2.convert_tokens_to_ids(mark.replace("\n", "Ċ")) for mark in marks}
+    assert ids.tolist() == again.tolist()
+    assert more.tolist() == [
+        bool(one or index in wanted) for index, one in zip(ids.tolist(), learn.tolist(), strict=True)
+    ]
+    assert 2 * learn.sum() < more.sum() < len(ids)
+
+
+@pytest.mark.parametrize(
+    ("also", "words"),
+    [
+        (("assistant\n",), "expected single tokens, and this tokenizer cuts 'assistant"),
+        (("",), "also_learn = \\(''"),
+    ],
+)
+def test_what_is_no_token_is_not_learnt(over_qwen2, also, words):
+    with pytest.raises(ValueError, match=words):
+        encode_chat(over_qwen2, TALK, (), Chat(also_learn=also))
+
+
+def test_a_picture_over_qwen2(over_qwen2):
+    talk = [{"role": "user", "content": "<image>\nhi"}, {"role": "assistant", "content": "yes"}]
+    ids, learn = encode_chat(over_qwen2, talk, (2,))
+    assert over_qwen2.decode(ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image><image>\nhi<|im_end|>\n"
+        "<|im_start|>assistant\nyes<|im_end|>\n"
+    )
+    assert over_qwen2.decode(ids[learn]) == "yes<|im_end|>"

@@ -18,10 +18,11 @@ from typing import Any, TextIO
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from ain_jax.data import files, forms
+from ain_jax.data import files, filters, forms
 from ain_jax.data.builders.coding import serialise
 from ain_jax.data.builders.records import Group
 from ain_jax.data.files import Part, Row
+from ain_jax.data.filters import Filters
 from ain_jax.data.forms_video import Sampling
 
 SHARD_BYTES = 512 << 20  # of records before compression; a worker begins another shard then
@@ -42,6 +43,7 @@ class Job:
     images: str
     ids: str  # "own" or "place"
     sampling: Sampling
+    filters: Filters
     held_out: float
     folder: str  # of unfinished files
     parent: int  # the process for which the work is done
@@ -61,7 +63,9 @@ class Converted:
 
     rows: int
     rejected: int
-    reasons: Counter[str]
+    left_out: int  # sound, and not wanted
+    reasons: Counter[str]  # of both
+    words_N: np.ndarray  # uint64, of what is said in the records; empty where it may be said again
     hashes_N: np.ndarray  # uint64, of the records' ids
     held_out_N: np.ndarray  # bool
     codes_N: np.ndarray  # int32, which of `groups`
@@ -90,9 +94,9 @@ def places_path(folder: str | Path, task: int) -> Path:
 
 def convert(job: Job, task: int, parts: Sequence[Part], tick: Callable[[int, int], object]) -> Converted:
     """Writes the shards, rejects and places of one task; `tick` is told the rows and the rejected now and then."""
-    rows = rejected = 0
+    rows = rejected = left_out = 0
     reasons: Counter[str] = Counter()
-    hashes, held_out, codes, groups = [], [], [], {}
+    hashes, words, held_out, codes, groups = [], [], [], [], {}
     writers = {split: _Shards(job.folder, split, task) for split in ("train", "test")}
     with (
         open(rejects_path(job.folder, task), "w", encoding="utf-8") as rejects,
@@ -106,11 +110,13 @@ def convert(job: Job, task: int, parts: Sequence[Part], tick: Callable[[int, int
                 record = forms.to_record(row, job.form, job.source, job.language, job.images, job.sampling)
                 if job.ids == "place":
                     record = replace(record, id=row.where)
+                record = filters.apply(record, job.filters)
                 data, hashed = serialise(record), id_hash(record.id)
             except MemoryError:
                 raise
             except Exception as error:  # whatever one row of ten million leads to, it is that row's fault
-                rejected += 1
+                unwanted = isinstance(error, filters.LeftOut)
+                left_out, rejected = left_out + unwanted, rejected + (not unwanted)
                 reason = _told(error).removeprefix(f"{row.where}: ")
                 kind = reason_kind(reason)
                 reasons[kind if kind in reasons or len(reasons) < REASONS else "other reasons"] += 1
@@ -119,6 +125,8 @@ def convert(job: Job, task: int, parts: Sequence[Part], tick: Callable[[int, int
                 test = is_held_out(hashed, job.held_out)
                 writers["test" if test else "train"].write(data)
                 hashes.append(hashed)
+                if job.filters.repeated:
+                    words.append(filters.words_hash(record))
                 held_out.append(test)
                 codes.append(groups.setdefault(Group.of(record), len(groups)))
                 places.write(json.dumps([row.where, record.id]) + "\n")
@@ -130,7 +138,9 @@ def convert(job: Job, task: int, parts: Sequence[Part], tick: Callable[[int, int
     return Converted(
         rows,
         rejected,
+        left_out,
         reasons,
+        np.array(words, np.uint64),
         np.array(hashes, np.uint64),
         np.array(held_out, bool),
         np.array(codes, np.int32),

@@ -41,6 +41,7 @@ SUMMARY = "summary.json"
 CODE = (
     "files*.py",
     "form*.py",
+    "filters.py",
     "columns.py",
     "languages.py",
     "builders/coding.py",
@@ -99,20 +100,21 @@ class Files(dataset_builder.FileReaderBuilder):
             images=source.images,
             ids=source.ids,
             sampling=source.sampling,
+            filters=source.filters,
             held_out=source.held_out,
             folder=str(work),
             parent=os.getpid(),
         )
         tasks = _tasks(list(config.paths))
         done = merge.run(job, tasks, config.workers, config.progress, config.bad_share, rejects)
-        duplicates = merge.duplicates(done)
-        told = merge.told(job, done, duplicates, rejects)
+        repeated = merge.repeated(done)
+        told = merge.told(job, done, repeated, rejects)
         _check(source.name, told, config.bad_share, rejects)
-        shards, codes = merge.kept(done, duplicates)
+        shards, codes = merge.kept(done, repeated.all)
         missing = [s for s in ("train", "test")[: 1 + bool(source.held_out)] if s not in codes]
         if missing:
             raise ValueError(
-                f"{source.name}: held_out = {source.held_out} of {told['rows'] - told['rejected']} records leaves none "
+                f"{source.name}: held_out = {source.held_out} of {_left(told)} records leaves none "
                 f"for the split {missing[0]!r}; choose another share"
             )
         infos = []
@@ -181,11 +183,15 @@ def _form(name: str, paths: list[str]) -> str:
     return found.most_common(1)[0][0]
 
 
+def _left(told: Mapping[str, Any]) -> int:
+    return told["rows"] - told["rejected"] - told["left_out"]
+
+
 def _check(name: str, told: Mapping[str, Any], bad_share: float, rejects: Path) -> None:
     """A ValueError if more rows were rejected than may be, or nothing is left."""
     rows, rejected = told["rows"], told["rejected"]
-    if rejected > bad_share * rows or rejected == rows:
-        allowed = "none is left" if rejected == rows else f"{int(bad_share * rows):,} may be"
+    if rejected > bad_share * rows or not _left(told):
+        allowed = "none is left" if not _left(told) else f"{int(bad_share * rows):,} may be"
         raise ValueError(
             f"{name}: {merge.counted(told)}; {allowed} (Sources.bad_share = {bad_share:g}). "
             f"Each is told in {rejects}: mend the files, name another form in Sources.forms, or raise Sources.bad_share"

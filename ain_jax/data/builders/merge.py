@@ -2,11 +2,12 @@
 
 import collections
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ain_jax.data.files import Part
 EARLY_ROWS = 10_000  # a source of which more than half is bad by then is stopped
 TOLD_DUPLICATES = 100_000  # rows of an id seen before that are written out one by one
 DUPLICATE = "the id stands elsewhere already"
+SAID = "the same is said elsewhere already"
 
 
 def run(
@@ -123,23 +125,44 @@ def _pool(source: str, workers: int) -> Iterator[Any]:
         pool.shutdown(wait=True, kill_workers=not clean)
 
 
-def duplicates(done: Sequence[Converted]) -> dict[int, int]:
-    """record -> the first record of the same id, for each that is not the first; counted over all tasks.
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """record -> the first of its kind, for each that is not the first; counted over all tasks."""
 
-    Memory: some 40 bytes a record.
-    """
-    hashes_N = np.concatenate([task.hashes_N for task in done])
+    ids: Mapping[int, int]
+    words: Mapping[int, int]  # of records that say what one before them says; none where that may be
+
+    @property
+    def all(self) -> dict[int, int]:
+        return dict(sorted({**self.ids, **self.words}.items()))
+
+
+def repeated(done: Sequence[Converted]) -> Repeated:
+    """What stands there again. Memory: some 40 bytes a record."""
+    ids = _repeated(np.concatenate([task.hashes_N for task in done]), ())
+    words_N = np.concatenate([task.words_N for task in done])
+    return Repeated(ids, _repeated(words_N, ids) if len(words_N) else {})
+
+
+def _repeated(hashes_N: np.ndarray, without: Iterable[int]) -> dict[int, int]:
+    kept_N = np.delete(np.arange(len(hashes_N)), list(without))
+    hashes_N = hashes_N[kept_N]
     order_N = np.argsort(hashes_N, kind="stable")  # equal ones stay in their order
     again_N = np.zeros(len(order_N), bool)
     again_N[1:] = hashes_N[order_N[1:]] == hashes_N[order_N[:-1]]
     first_N = order_N[np.maximum.accumulate(np.where(again_N, 0, np.arange(len(order_N))))]
-    return dict(sorted(zip(order_N[again_N].tolist(), first_N[again_N].tolist(), strict=True)))
+    pairs = zip(kept_N[order_N[again_N]].tolist(), kept_N[first_N[again_N]].tolist(), strict=True)
+    return dict(sorted(pairs))
 
 
-def told(job: Job, done: Sequence[Converted], repeated: Mapping[int, int], path: Path) -> dict[str, Any]:
-    """Writes the rejects file, duplicates among it; returns the counts of rows, of rejected ones, and of reasons."""
+def told(job: Job, done: Sequence[Converted], found: Repeated, path: Path) -> dict[str, Any]:
+    """Writes the rejects file, repeated records among it.
+
+    Returns the counts of rows, of those at fault and of those left out though they are sound, and of reasons.
+    """
     starts_T = np.cumsum([0, *(len(task.hashes_N) for task in done)])
-    shown = dict(itertools.islice(repeated.items(), TOLD_DUPLICATES))
+    every = found.all
+    shown = dict(itertools.islice(every.items(), TOLD_DUPLICATES))
     wanted = np.unique(np.array([*shown, *shown.values()], np.int64))
     places: dict[int, tuple[str, str]] = {}
     for number in range(len(done)):
@@ -160,30 +183,34 @@ def told(job: Job, done: Sequence[Converted], repeated: Mapping[int, int], path:
             while waiting and waiting[0][0] < starts_T[number + 1]:
                 record, first = waiting.popleft()
                 where, name = places[record]
-                reason = (
-                    f"id {name[: convert.SHOWN]!r} stands in {places[first][0]} already; every record needs its own "
-                    f'(Sources.ids = {{"{job.source}": "place"}} names records by file and line)'
-                )
+                reason = f"{SAID}, in {places[first][0]} (Sources.repeated)"
+                if record in found.ids:
+                    reason = (
+                        f"id {name[: convert.SHOWN]!r} stands in {places[first][0]} already; every record needs its "
+                        f'own (Sources.ids = {{"{job.source}": "place"}} names records by file and line)'
+                    )
                 convert.write_reject(file, where, reason, {"id": convert.shortened(name)})
-        if len(repeated) > len(shown):
-            more = f"{len(repeated) - len(shown):,} more rows whose id stands elsewhere already"
+        if len(every) > len(shown):
+            more = f"{len(every) - len(shown):,} more rows whose id, or whose words, stand elsewhere already"
             convert.write_reject(file, "", more, None)
     beside.replace(path)
     reasons = sum((task.reasons for task in done), Counter())
-    if repeated:
-        reasons[DUPLICATE] += len(repeated)
+    reasons.update({kind: len(rows) for kind, rows in ((DUPLICATE, found.ids), (SAID, found.words)) if rows})
     return {
         "rows": sum(task.rows for task in done),
-        "rejected": sum(task.rejected for task in done) + len(repeated),
+        "rejected": sum(task.rejected for task in done) + len(found.ids),
+        "left_out": sum(task.left_out for task in done) + len(found.words),
         "form": job.form,
         "reasons": dict(reasons.most_common()),
     }
 
 
 def counted(told: Mapping[str, Any]) -> str:
-    """ "1,234 rows, 12 rejected (7 x no picture in …, 5 x empty id)" """
+    """ "1,234 rows, 12 rejected (7 x no picture in …, 5 x empty id)", and how many were left out, if some were."""
     reasons = Counter(told["reasons"])
-    return f"{told['rows']:,} rows, {told['rejected']:,} rejected" + (f" ({_counts(reasons)})" if reasons else "")
+    unwanted = f", {told['left_out']:,} left out" if told.get("left_out") else ""
+    counts = f"{told['rows']:,} rows, {told['rejected']:,} rejected{unwanted}"
+    return counts + (f" ({_counts(reasons)})" if reasons else "")
 
 
 def _counts(reasons: Counter[str], shown: int = 5) -> str:

@@ -6,7 +6,7 @@ Nothing is decoded on the way, and tensorflow-datasets is needed by builders onl
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -176,11 +176,25 @@ class Records(Sequence[Record]):
         return dict(rows)
 
     def select(self, label: str) -> Selected:
-        """The records of a language, or of preference pairs those of a kind."""
-        wanted = [code for code, group in enumerate(self.groups()) if group.label == label]
+        """The records of a language, or of preference pairs those of a kind; else those of that kind.
+
+        So InstAr's tasks, the kinds of its records, can be weighed one by one: "instar/closed_qa".
+        """
+        return self.take(np.flatnonzero(np.isin(self.codes(), self._codes_of(label))))
+
+    def without(self, labels: Iterable[str]) -> Selected:
+        """The records that `select` gives for none of these."""
+        taken = [code for label in labels for code in self._codes_of(label)]
+        return self.take(np.flatnonzero(~np.isin(self.codes(), taken)))
+
+    def _codes_of(self, label: str) -> list[int]:
+        groups = self.groups()
+        wanted = [code for code, group in enumerate(groups) if group.label == label]
+        wanted = wanted or [code for code, group in enumerate(groups) if group.kind == label]
         if not wanted:
-            raise ValueError(f"no record of {label!r} in split {self.split!r}: {nearest(label, list(self.labels()))}")
-        return self.take(np.flatnonzero(np.isin(self.codes(), wanted)))
+            known = [*self.labels(), *self.kinds()]
+            raise ValueError(f"no record of {label!r} in split {self.split!r}: {nearest(label, known)}")
+        return wanted
 
     def _index(self) -> None:
         """Writes the codes and groups of a split whose builder wrote none."""

@@ -3,10 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from ain_jax.data import forms
+from ain_jax.data import filters, forms
+from ain_jax.data.filters import Filters
 from ain_jax.data.forms_video import Sampling
+from ain_jax.data.languages import CODES, language_code
 from ain_jax.experiment import nearest
+
+NAMED = ("origins", "forms", "languages", "images", "ids", "held_out", "answers_in", "systems", "repeated")
 
 
 @dataclass(frozen=True)
@@ -14,12 +19,18 @@ class Sources:
     """Data of one's own, by name: Sources.files = {"pangea": "/data/pangea/*.json"}. A mixture takes these names."""
 
     files: Mapping[str, str] = field(default_factory=dict)  # name -> path, pattern, folder, gs:// ...
+    origins: Mapping[str, str] = field(default_factory=dict)  # name -> where to get it from
     forms: Mapping[str, str] = field(default_factory=dict)  # name -> one of FORMS; if absent, told from the first rows
     languages: Mapping[str, str] = field(default_factory=dict)  # name -> language of rows that name none
     images: Mapping[str, str] = field(default_factory=dict)  # name -> folder that relative picture paths start at
     # name -> "place": a record is named by its file and line, for published sets that give one id to several rows
     ids: Mapping[str, str] = field(default_factory=dict)
     held_out: Mapping[str, float] = field(default_factory=dict)  # name -> share of records in the split "test", by id
+    # What is left out although it is sound (see `data.filters`); it does not count as bad.
+    answers_in: Mapping[str, str] = field(default_factory=dict)  # name -> the language whose script answers must have
+    # name -> "drop" for no system texts, "own" for none in another script than the answers'; else "keep"
+    systems: Mapping[str, str] = field(default_factory=dict)
+    repeated: Mapping[str, str] = field(default_factory=dict)  # name -> "drop": what is said again is left out
     fps: float = 2.0  # frames a second that are taken of videos' files (.mp4, .webm ...)
     max_frames: int = 768  # of a longer video so many, spread evenly over it
     bad_share: float = 0.01  # more rejected rows than this stop the run
@@ -32,7 +43,7 @@ class Sources:
                 found.append(f"files names {name!r}: expected a plain word, without '/', '@' or '.jsonl'")
             if not isinstance(path, str) or not path:
                 found.append(f"files[{name!r}] = {path!r}: expected a path, a pattern or a folder")
-        for setting in ("forms", "languages", "images", "ids", "held_out"):
+        for setting in NAMED:
             for name in getattr(self, setting):
                 if name not in self.files:
                     hint = nearest(name, list(self.files)) if self.files else "files is empty"
@@ -43,6 +54,15 @@ class Sources:
         for name, ids in self.ids.items():
             if ids not in ("own", "place"):
                 found.append(f"ids[{name!r}] = {ids!r}: expected 'own', the rows' ids, or 'place', file and line")
+        for setting, known in (("systems", filters.SYSTEMS), ("repeated", ("keep", "drop"))):
+            for name, value in getattr(self, setting).items():
+                if value not in known:
+                    expected = ", ".join(map(repr, known))
+                    found.append(f"{setting}[{name!r}] = {value!r}: expected one of {expected}")
+        for name, language in self.answers_in.items():
+            if language_code(language) not in CODES:
+                hint = nearest(language, list(CODES))
+                found.append(f"answers_in[{name!r}] = {language!r}: no language of that code; {hint}")
         for name, share in self.held_out.items():
             if not 0 <= share < 1:
                 found.append(f"held_out[{name!r}] = {share}: expected a share from 0 to below 1")
@@ -71,6 +91,11 @@ class Sources:
             self.ids.get(name, "own"),
             float(self.held_out.get(name, 0.0)),
             Sampling(self.fps, self.max_frames),
+            Filters(
+                self.answers_in.get(name, ""),
+                cast(filters.Systems, self.systems.get(name, "keep")),
+                self.repeated.get(name, "keep") == "drop",
+            ),
         )
 
 
@@ -86,3 +111,4 @@ class Source:
     ids: str
     held_out: float
     sampling: Sampling
+    filters: Filters
