@@ -1,4 +1,4 @@
-"""The experiments of the papers: their settings go together, and their sizes are the published ones; nothing is there."""
+"""The experiments of the papers: their settings go together, their sizes are the published ones; no data, no weights."""
 
 from pathlib import Path
 
