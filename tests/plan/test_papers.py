@@ -1,4 +1,4 @@
-"""The experiments of the papers: their settings go together, their sizes are the published ones; no data, no weights."""
+"""The experiments of the papers: their settings fit, their sizes are the published ones; nothing is there."""
 
 from pathlib import Path
 
