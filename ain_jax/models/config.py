@@ -381,6 +381,7 @@ def _twin(config: ModelConfig, vocabulary: int, heads: int = 4, kv_heads: int = 
 # Published models in small, for the twins of experiments; `python -m ain_jax.twins` writes folders of them.
 TWINS: Mapping[str, Callable[[], ModelConfig]] = {
     "llama_2_twin": lambda: _twin(llama_2("7b"), 32000, kv_heads=4),
+    "allam_twin": lambda: _twin(allam_7b(), 32000, kv_heads=4),
     "llama_3_twin": lambda: _twin(llama_3_8b(), 2048),
     "gemma_twin": lambda: _twin(gemma_7b(), 2048, kv_heads=4, head_width=32),
     "qwen2_twin": lambda: _twin(qwen2_7b(), 2048),

@@ -35,8 +35,8 @@ def _of_stage(settings: Mapping[str, Any]) -> Iterator[str]:
     if tokenizer is not None and tokenizer.base and not sample_path(tokenizer.base).exists():
         yield absent("Tokenizer.base", tokenizer.base, tokenizer.origin)
     sources: Sources | None = settings.get(Sources.__name__)
-    for name in dict.fromkeys(source_parts(whole)[0] for whole in _read(settings)) if sources else ():
-        if name in sources.files:
+    for name in dict.fromkeys(source_parts(whole)[0] for whole in _read(settings)):
+        if sources is not None and name in sources.files:
             try:
                 files.find(sources.files[name])
             except ValueError as fault:

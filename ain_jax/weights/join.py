@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ain_jax.data.images import CLIP_MEAN, CLIP_STD
 from ain_jax.data.tiles import TileSettings
 from ain_jax.models import hf_config
 from ain_jax.models.config import ClipConfig, ModelConfig, from_hf, to_hf
@@ -22,6 +23,7 @@ TOWER = "vision_tower"
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # tiles; LLaVA-NeXT's own, of 336 pixels
 # What transformers takes for a size that a CLIP's config.json leaves out; inside a LLaVA-NeXT's it takes others.
 ALONE = dict(zip(hf_config.CLIP, (768, 12, 12, 3072, 224, 32, 3, 1e-5, "quick_gelu"), strict=True))
+COLOURS = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 # What a CLIP has beside its image encoder: the encoder of texts, and numbers that older files hold.
 BESIDE = ("text_model.", "text_projection", "visual_projection", "logit_scale", "vision_model.embeddings.position_ids")
 
@@ -69,12 +71,10 @@ def _clip_attributes(folder: Path) -> dict[str, Any]:
 def joined_tiles(vision_folder: Path, config: ModelConfig) -> TileSettings:
     """How pictures are cut for it: in the tower's tiles, with the colours of the CLIP's own processor."""
     assert isinstance(config.vision, ClipConfig), "a joined model sees by a CLIP"
-    vision, given = config.vision, {}
-    if (vision_folder / "preprocessor_config.json").is_file():
-        processor = read_json(vision_folder / "preprocessor_config.json")
-        names = {"mean": "image_mean", "std": "image_std"}
-        given = {ours: tuple(processor[theirs]) for ours, theirs in names.items() if theirs in processor}
-    return TileSettings(vision.tile, vision.patch_size, vision.pinpoints, **given)
+    path, vision = vision_folder / "preprocessor_config.json", config.vision
+    processor = read_json(path) if path.is_file() else {}
+    mean, std = (tuple(processor.get(name, usual)) for name, usual in COLOURS.items())
+    return TileSettings(vision.tile, vision.patch_size, vision.pinpoints, mean, std)
 
 
 def visual_params(

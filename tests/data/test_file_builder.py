@@ -291,7 +291,9 @@ def test_what_is_kept_is_what_a_dictionary_finds(tmp_path_factory, tasks):
             convert.Converted(
                 len(names),
                 0,
+                0,
                 Counter(),
+                np.zeros(0, np.uint64),
                 np.array(names, np.uint64),
                 np.array([name < 3 for name in names], bool),
                 np.array([found.index(group(name)) for name in names], np.int32),
@@ -299,7 +301,7 @@ def test_what_is_kept_is_what_a_dictionary_finds(tmp_path_factory, tasks):
                 tuple(shards),
             )
         )
-    assert merge.duplicates(done) == repeated
+    assert merge.repeated(done).all == repeated
     shards, codes = merge.kept(done, repeated)
     for split, wanted in kept.items():
         of_split = [shard for shard in shards if shard.split == split]
