@@ -15,6 +15,7 @@ from ain_jax.data.batch import Batch
 from ain_jax.data.packing import Packing, pack
 from ain_jax.models.multimodal import MultimodalModel, init_params
 from ain_jax.train import losses
+from ain_jax.train.metrics import numbers
 from ain_jax.train.preferences import Preference, preference
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -185,6 +186,9 @@ def test_preference_by_hand():
     for name, values in {"loss": cost, "margin": margin, "drift": {e: r[0] for e, r in ratio.items()}}.items():
         np.testing.assert_allclose(sums.parts[name][0], [values[0] + values[2], values[1]], atol=1e-4)
         np.testing.assert_array_equal(sums.parts[name][1], [2, 1])
+    told = numbers(sums, ("kind a", "kind b"))
+    assert told["drift_worse"] == pytest.approx(sum(r[1] for r in ratio.values()) / 3, abs=1e-4)
+    assert told["drift_worse/kind b"] == pytest.approx(ratio[1][1], abs=1e-4)
     nll = {e: -answer(e, 0) / worked.segments(PAIRS, e)[0].learn_L[1:].sum() for e in places}
     np.testing.assert_allclose(sums.parts["nll"][0], [nll[0] + nll[2], nll[1]], atol=1e-4)
     added = preference(worked.Bigram(), 2, Preference(beta=beta, sft=0.7))(params, {}, pairs, None)
