@@ -22,6 +22,7 @@ LONG = (
     "test_tpu.py",
     "test_sharding.py",
     "test_processes.py",
+    "test_twins.py",
     "test_published_folder.py",
     "test_extended_folder.py",
     "test_twins.py",

@@ -94,7 +94,9 @@ def test_what_is_missing_is_told_with_where_to_get_it(tmp_path, monkeypatch, cap
         "Model.folder = 'models/Qwen2-7B-Instruct' is not there: download Qwen/Qwen2-7B-Instruct from the Hugging Face "
         "hub, into models/Qwen2-7B-Instruct",
         "Model.vision_folder = 'models/clip-vit-large-patch14-336' is not there: save openai/clip-vit",
-        "Sources.files['pangea'] = 'data/PangeaInstruct/PangeaIns.json': nothing is there: ",
+        "Sources.files['pangea']: data/PangeaInstruct/PangeaIns.json: no such file or folder; there is no folder "
+        "data/PangeaInstruct: download neulab/PangeaInstruct from the Hugging Face hub, and unpack its images beside "
+        "it, into data/PangeaInstruct/PangeaIns.json",
     ]
     for more, status in ((("--dry_run",), 0), ((), 1)):
         assert run.main(["--exp", str(EXPERIMENTS / "pangea_7b.gin"), *more]) == status

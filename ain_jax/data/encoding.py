@@ -185,7 +185,8 @@ def _encoded(records: Sequence[Record], encoder: Encoder, fault: Callable[[Recor
     encoded: list[list[chat.Encoded] | None] = [[] for _ in records]
     for last in (False, True):
         # Of answers that are judged or compared the earlier turns are no part, whatever else is learnt from.
-        settings = dataclasses.replace(encoder.chat, learn=("assistant",), turns="last") if last else encoder.chat
+        alone = {"learn": ("assistant",), "turns": "last", "also_learn": ()}
+        settings = dataclasses.replace(encoder.chat, **alone) if last else encoder.chat
         chosen = [(k, a) for k, a in asked if (bool(records[k].rejected) or records[k].desirable is not None) == last]
         if last and not chosen:
             continue

@@ -10,6 +10,7 @@ from ain_jax.data.mixture import Mixture
 from ain_jax.experiment import Resolved
 from ain_jax.stages.common import Model, absent, sample_path, source_parts
 from ain_jax.stages.extend_tokenizer import Tokenizer
+from ain_jax.train.watch import Watch
 
 
 def missing(resolved: Resolved, root: Path, only: str | None = None) -> list[str]:
@@ -41,8 +42,8 @@ def _of_stage(settings: Mapping[str, Any]) -> Iterator[str]:
                 files.find(sources.files[name])
             except ValueError as fault:
                 origin = sources.origins.get(name, "")
-                to_do = f": {origin}, into {sources.files[name]}" if origin else f": {fault}"
-                yield f"Sources.files[{name!r}] = {sources.files[name]!r}: nothing is there{to_do}"
+                to_do = f": {origin}, into {sources.files[name]}" if origin else ""
+                yield f"Sources.files[{name!r}]: {fault}{to_do}"
 
 
 def _read(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -51,3 +52,5 @@ def _read(settings: Mapping[str, Any]) -> Iterator[str]:
         yield from mixture.weights
     if tokenizer := settings.get(Tokenizer.__name__):
         yield from (*tokenizer.learn_from, *tokenizer.keep, *tokenizer.measure)
+    if watch := settings.get(Watch.__name__):
+        yield from watch.texts

@@ -1,7 +1,7 @@
 """What a stage's held-out texts are, and how they are measured on whatever the stage trains."""
 
+import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,8 +52,10 @@ def watcher(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss]) -> Watch
             raise ValueError(f"{run.stage}/Watch.texts names {text!r}, which is not plain text: take it out")
         name = f"watch_{text.replace('/', '_')}"
         rows = run.rows({text: run.examples(text, "test", packing)}, None, None, name, packing=packing)
-        wanted = -(-settings.rows // together) if settings.rows else None
-        batches[text] = [batch for batch, _ in itertools.islice(run.batches(rows, together), wanted)]
+        if settings.rows:  # the same texts, however many rows a batch of the stage has
+            plan = dataclasses.replace(rows.plan, starts_R=rows.plan.starts_R[: settings.rows + 1])
+            rows = dataclasses.replace(rows, plan=plan)
+        batches[text] = [batch for batch, _ in run.batches(rows, together)]
         groups[text] = len(rows.groups)
 
     @functools.cache

@@ -39,7 +39,7 @@ class Preference:
     beta: float = 0.1  # how dear it is to leave the reference, per nat; of orpo the share of the odds ratio's loss
     sft: float = 0.0  # share of the better answer's own cross-entropy (per token) in the loss; orpo's is 1, always
     label_smoothing: float = 0.0  # sigmoid: the share of pairs taken to be labelled the wrong way round
-    target_margin: float | None = None  # simpo's gamma, nats: from 0.5 to 1.6 in its paper, with beta from 2 to 2.5
+    target_margin: float | None = None  # simpo's gamma, nats: from 0.3 to 1.6 in its paper, with beta from 2 to 2.5
     desirable_weight: float = 1.0  # kto: what the good answers' losses are multiplied by
     undesirable_weight: float = 1.0  # kto: and those of the bad ones
 
@@ -55,7 +55,7 @@ class Preference:
         if self.target_margin is not None and self.target_margin < 0:
             faults.append(f"target_margin = {self.target_margin}: expected 0 or more")
         if self.loss == "simpo" and self.target_margin is None:
-            faults.append('loss = "simpo" without target_margin: give it, in nats (0.5 to 1.6 with beta from 2 to 2.5)')
+            faults.append('loss = "simpo" without target_margin: give it, in nats (0.3 to 1.6 with beta from 2 to 2.5)')
         ignored = [
             f"{field.name} = {getattr(self, field.name)}"
             for field in dataclasses.fields(self)

@@ -49,6 +49,11 @@ def with_reference(
     score = jax.jit(lambda p, batch: pair_log_probs(model, p, batch)[0])
     parts = [processes.fetch(score(params, batch)) for batch, _ in batches(rows)]
     reference_RN2 = np.concatenate(parts)[: len(rows)]
+    if odd := int(np.count_nonzero(~np.isfinite(reference_RN2))):
+        raise ValueError(
+            f"{odd} of {reference_RN2.size} log-probabilities of the reference are not finite, so that nothing can be "
+            "compared with them: look at the stage that it starts from, or try another Model.dtype or Model.attention"
+        )
     if processes.is_first():
         folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.stem}.{platform.node()}.{os.getpid()}.tmp.npz")

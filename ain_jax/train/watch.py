@@ -34,6 +34,7 @@ class Watch:
     # At most so many tokens of a text are read together; 0: a row of the stage. Stages whose rows differ compare where
     # it is the same for all.
     row_tokens: int = 0
+    # By text; with every = 0 it is looked at behind the last step alone.
     stop_rise: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):

@@ -118,10 +118,12 @@ def test_a_batch_carries_verdicts_beside_its_rows(tokenizer, tmp_path):
 
 def test_what_is_learnt_of_judged_answers_does_not_depend_on_chat(tokenizer, tmp_path):
     made = [
-        tokenise(records((True, False)), "made", tokenizer, None, 256, "m", tmp_path, chat=Chat(turns=turns))
-        for turns in ("all", "last")
+        tokenise(records((True, False)), "made", tokenizer, None, 256, "m", tmp_path, chat=settings)
+        for settings in (Chat(turns="last"), Chat(turns="all"), Chat(also_learn=("<|im_start|>", "\n")))
     ]
-    np.testing.assert_array_equal(made[0].learn_T, made[1].learn_T)
+    for other in made[1:]:
+        np.testing.assert_array_equal(other.tokens_T, made[0].tokens_T)
+        np.testing.assert_array_equal(other.learn_T, made[0].learn_T)
 
 
 def test_one_that_is_too_long_with_its_second_answer_is_left_out(tokenizer, tmp_path):
