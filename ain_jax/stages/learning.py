@@ -129,16 +129,21 @@ def show(stage: str, found: Iterable[Part], settings: Optimizer) -> None:
 
 
 def show_planned(resolved: Resolved, root: Path, stages: Iterable[str]) -> None:
-    """The tables of the stages of a run that is not begun, as far as the sizes of its model are known."""
+    """The tables of the stages of a run that is not begun, as far as the sizes of its model are known.
+
+    ValueError: a setting names what the model has not.
+    """
     from ain_jax.plan.planned import planned  # which reads the settings of all stages
 
     for stage in stages:
         with tempfile.TemporaryDirectory() as nowhere:  # what a template adds to a tokenizer is written there
             run = planned(resolved, root if root.is_dir() else Path(nowhere), stage, ())
             try:
-                show(stage, parts(run), run.get(Optimizer))
+                assert run.config
             except (ValueError, OSError) as fault:
                 Console(stderr=True).print(f"{stage}: what learns cannot be told yet: {fault}", highlight=False)
+                continue
+            show(stage, parts(run), run.get(Optimizer))
 
 
 def _module(name: str) -> str:

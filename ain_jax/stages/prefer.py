@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ain_jax.data.examples import Answers
+from ain_jax.data.packing import Packing
 from ain_jax.stages import common, training
 from ain_jax.tokenizer.chat import Chat
 from ain_jax.train import losses, preferences, reference
@@ -33,7 +34,10 @@ def run(stage: common.StageRun) -> dict:
     params = stage.starting_params()
     if settings.needs_reference:
         with jax.set_mesh(stage.mesh):
-            batches = lambda r: stage.batches(r, stage.get(Trainer).rows)
+            trainer = stage.get(Trainer)
+            # As many rows as a step holds at once; a plan that sets rows without pictures apart counts by whole steps.
+            together = trainer.rows // (1 if stage.get(Packing).text_batches else trainer.accumulate)
+            batches = lambda r: stage.batches(r, together)
             also = f"{stage.config!r}/{jnp.dtype(stage.get(common.Model).dtype).name}"
             folder = stage.root / "data" / "reference"
             # Low-rank pairs lie beside these parameters: without them they are the reference, as they stand.

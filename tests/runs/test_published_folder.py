@@ -158,8 +158,8 @@ def test_a_dry_run_tells_what_learns_of_a_folder(folders, data, tmp_path, capsys
     assert go(tmp_path, text, "--dry_run") == 0 and not (tmp_path / "run").exists()
     told = capsys.readouterr().err
     assert "instruct: what learns" in told and "visual/merger" in told and "frozen" in told
-    assert go(tmp_path, text.replace('"visual"', '"visul"'), "--dry_run") == 0
-    assert "cannot be told yet: Optimizer.rates names 'visul'" in capsys.readouterr().err
+    assert go(tmp_path, text.replace('"visual"', '"visul"'), "--dry_run") == 1
+    assert "Optimizer.rates names 'visul'" in capsys.readouterr().err
 
 
 def test_merged_they_are_a_folder_of_the_same_kind(adapted, folders, tmp_path):
