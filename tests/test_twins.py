@@ -40,6 +40,8 @@ ALLOWED = {
     "Trainer.accumulate": "size",
     "Trainer.steps": "steps",
     "Optimizer.warmup_steps": "steps",
+    "Watch.every": "steps",
+    "Watch.row_tokens": "size",
     "Mesh.tensor": "one device",
     "Export.base": "the card names no model that it is not made of",
     "Export.data": "data",
@@ -145,6 +147,10 @@ def test_allam(go):
     assert len(tokenizer) == 32000 + 1 + 300 and tokenizer.pad_token_id == 32000
     groups = ("arabic/ar", "arabic_translated/ar", "english/en", "code/code", "bitext/ar-en")
     assert {f"loss/{group}" for group in groups} <= set(numbers["pretrain"]["last"])
+    for stage in ("pretrain", "instruct", "prefer"):
+        assert set(numbers[stage]["watched"]) == {"vocabulary_ar", "vocabulary_en"}
+    lines = (Path("runs") / "allam_7b_twin" / "pretrain" / "watch.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 10, 20]
     # 160 conversations three times, and each pair once.
     assert numbers["instruct"]["steps"] > numbers["prefer"]["steps"] > 2
 
