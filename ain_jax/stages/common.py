@@ -592,11 +592,10 @@ class StageRun:
         return checkpoint.load_params(self.root / stage / "checkpoints", like, step, self.tokenizer_mark)
 
 
-def absent(setting: str, path: str, origin: str) -> str:
+def absent(setting: str, path: str, origin: str, wanted: str = "the folder of a published model") -> str:
     """That a setting names a path where nothing lies, and what to get from where."""
-    return f"{setting} = {path!r} is not there: " + (
-        f"{origin}, into {path}" if origin else "give the folder of a published model"
-    )
+    to_do = f"{origin}, into {path}" if origin else f"no such file or folder; give {wanted}"
+    return f"{setting} = {path!r} is not there: {to_do}"
 
 
 def source_parts(name: str) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def _of_stage(settings: Mapping[str, Any]) -> Iterator[str]:
                 yield absent(f"Model.{name}", path, origin)
     tokenizer: Tokenizer | None = settings.get(Tokenizer.__name__)
     if tokenizer is not None and tokenizer.base and not sample_path(tokenizer.base).exists():
-        yield absent("Tokenizer.base", tokenizer.base, tokenizer.origin)
+        yield absent("Tokenizer.base", tokenizer.base, tokenizer.origin, "a published model's tokenizer")
     sources: Sources | None = settings.get(Sources.__name__)
     for name in dict.fromkeys(source_parts(whole)[0] for whole in _read(settings)):
         if sources is not None and name in sources.files:
