@@ -179,6 +179,11 @@ def layout(axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
 
 
+def placed(tree: Any, like: Any) -> Any:
+    """The arrays of a tree where a layout of the same shape says."""
+    return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), tree, like)
+
+
 def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of every array of a batch: rows first, spread over the axes that have rows of their own."""
     return NamedSharding(mesh, PartitionSpec(RULES["rows"]))

@@ -535,7 +535,7 @@ class StageRun:
             else:
                 return params
             grown = embeddings.grow_tables(params, made, first, self.config.text.vocabulary)
-            return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), grown, self.layout())
+            return sharding.placed(grown, self.layout())
         return init_params(self.config, self._parameters_key, self.layout())
 
     @property
@@ -545,7 +545,7 @@ class StageRun:
     def initial_adapters(self, params: Any) -> Any:
         """The low-rank pairs that this stage begins with, beside these parameters."""
         drawn = lora.init(self.get(Lora), self.config, jax.random.key(self.seed("adapters")), params)
-        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), drawn, self.adapters_layout())
+        return sharding.placed(drawn, self.adapters_layout())
 
     def trained_adapters(self, stage: str, step: int | None = None) -> Any:
         """The low-rank pairs that a stage ended with, or had at a step."""
@@ -561,7 +561,7 @@ class StageRun:
         else:
             taken = self._saved(stage, run.new_rows_layout(), step)
             whole = rows.put(run.starting_params(), taken, run.new_rows[0])
-        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), whole, self.layout())
+        return sharding.placed(whole, self.layout())
 
     @contextmanager
     def exported_params(self, stage: str, step: int | None = None) -> Iterator[Any]:

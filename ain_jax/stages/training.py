@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import optax
 
+from ain_jax import sharding
 from ain_jax.data import loader
 from ain_jax.data.mixture import Mixture
 from ain_jax.models import lora
@@ -163,7 +164,7 @@ def trained_part(run: StageRun, params: Any) -> tuple[Any, Any]:
         return run.initial_adapters(params), params
     if run.get(Optimizer).rows == "new":
         taken = rows.take(params, *run.new_rows)
-        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), taken, run.new_rows_layout()), params
+        return sharding.placed(taken, run.new_rows_layout()), params
     return params, {}
 
 
