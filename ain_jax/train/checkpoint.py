@@ -9,9 +9,10 @@ any mesh, and what comes back from the disk otherwise is no checkpoint either.
 import contextlib
 import dataclasses
 import logging
+import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +32,7 @@ for _name in ("absl", "orbax"):  # orbax reports every file that it touches
 
 
 DIGESTS = "digests"  # in a checkpoint's own metadata, beside the marks
+TOGETHER = 2**26  # bytes of parameters that are read at once where one is asked for
 
 
 class OtherMarks(ValueError):
@@ -167,22 +169,36 @@ class Checkpoints:
         return self._whole(step, load)["params"]
 
     def leaves(self, step: int, like: Any) -> Any:
-        """The parameters at `step` as the same tree of `Leaf`: each is read when it is asked for."""
+        """The parameters at `step` as the same tree of `Leaf`: each is read when it is asked for.
 
-        def leaf(path: tuple[str, ...], shape: Any) -> Leaf:
-            return Leaf(shape.shape, np.dtype(shape.dtype), lambda: self._part(step, path, shape))
+        Small ones come along with their neighbours, up to `TOGETHER` bytes, since every read takes a time of its own;
+        what was read last is held until another is asked for.
+        """
+        flat: dict[tuple[str, ...], Any] = flatten_dict(like)
+        size = {path: math.prod(shape.shape) * np.dtype(shape.dtype).itemsize for path, shape in flat.items()}
+        groups: list[list[tuple[str, ...]]] = [[]]
+        for path in flat:
+            if groups[-1] and sum(size[one] for one in groups[-1]) + size[path] > TOGETHER:
+                groups.append([])
+            groups[-1].append(path)
+        held: dict[tuple[str, ...], Any] = {}
 
-        flat = {path: leaf(path, shape) for path, shape in flatten_dict(like).items()}
-        return unflatten_dict(flat)
+        def read(path: tuple[str, ...], group: Sequence[tuple[str, ...]]) -> Any:
+            if path not in held:
+                held.clear()
+                held.update(self._part(step, {one: flat[one] for one in group}))
+            return held[path] if len(group) > 1 else held.pop(path)
 
-    def _part(self, step: int, path: tuple[str, ...], like: Any) -> Any:
+        leaf = lambda path, group: Leaf(flat[path].shape, np.dtype(flat[path].dtype), lambda: read(path, group))
+        return unflatten_dict({path: leaf(path, group) for group in groups for path in group})
+
+    def _part(self, step: int, like: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            tree = unflatten_dict({path: _abstract(like)})
+            tree = unflatten_dict({path: _abstract(shape) for path, shape in like.items()})
             load = lambda: {"params": self._checkpointer.load(step, tree, checkpointable_name="params")}
-            (leaf,) = jax.tree.leaves(self._whole(step, load))
-        return leaf
+            return flatten_dict(self._whole(step, load)["params"])
 
     def wait(self) -> None:
         """Return when every save begun is finished, or raise what went wrong with it."""
