@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from ain_jax.launching import processes
@@ -79,6 +78,8 @@ class Log:
         self._stage = stage
         self.bad = processes.of_first(lambda: sum("skipped" in line for line in kept()))
         if self._writes:
+            from tensorboardX import SummaryWriter  # where torch is installed it takes seconds to import that too
+
             self._file = self.path.open("a", encoding="utf-8")
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
         if work is not None and self._writes:

@@ -15,6 +15,7 @@ def main() -> int:
     name, _, place = point.partition("@")
     what, stage, count = [*place.split(":"), "", ""][:3]
     number = getattr(signal, f"SIG{name}") if name else None
+    sys.modules["torch"] = None  # pyright: ignore  # no run may need it
 
     from ain_jax import run as runner
     from ain_jax.data import examples, pack_plan
