@@ -41,6 +41,7 @@ ALLOWED = {
     "Trainer.steps": "steps",
     "Optimizer.warmup_steps": "steps",
     "Watch.every": "steps",
+    "Watch.rows": "size",
     "Watch.row_tokens": "size",
     "Mesh.tensor": "one device",
     "Export.base": "the card names no model that it is not made of",
