@@ -171,23 +171,25 @@ class Checkpoints:
     def leaves(self, step: int, like: Any) -> Any:
         """The parameters at `step` as the same tree of `Leaf`: each is read when it is asked for.
 
-        Small ones come along with their neighbours, up to `TOGETHER` bytes, since every read takes a time of its own;
-        what was read last is held until another is asked for.
+        Small ones are read together, up to `TOGETHER` bytes, since every read takes a time of its own; they are held
+        until others are read together.
         """
         flat: dict[tuple[str, ...], Any] = flatten_dict(like)
         size = {path: math.prod(shape.shape) * np.dtype(shape.dtype).itemsize for path, shape in flat.items()}
         groups: list[list[tuple[str, ...]]] = [[]]
-        for path in flat:
+        for path in sorted(flat, key=lambda path: (size[path], path)):
             if groups[-1] and sum(size[one] for one in groups[-1]) + size[path] > TOGETHER:
                 groups.append([])
             groups[-1].append(path)
         held: dict[tuple[str, ...], Any] = {}
 
         def read(path: tuple[str, ...], group: Sequence[tuple[str, ...]]) -> Any:
+            if len(group) == 1:
+                return self._part(step, {path: flat[path]})[path]
             if path not in held:
                 held.clear()
                 held.update(self._part(step, {one: flat[one] for one in group}))
-            return held[path] if len(group) > 1 else held.pop(path)
+            return held[path]
 
         leaf = lambda path, group: Leaf(flat[path].shape, np.dtype(flat[path].dtype), lambda: read(path, group))
         return unflatten_dict({path: leaf(path, group) for group in groups for path in group})

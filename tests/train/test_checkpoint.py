@@ -73,6 +73,21 @@ def test_save_and_load_are_the_identity(saved):
     assert_same(stepped(checkpoints.load(2, begun(1), MARKS)), stepped(states[2]))
 
 
+@pytest.mark.parametrize(
+    ("together", "reads"),
+    [(2**26, [3]), (8 + 12 + 256 - 1, [2, 1]), (8 + 12 - 1, [1, 1, 1])],  # the three have 12, 256 and 8 bytes
+)
+def test_parameters_are_read_together_up_to_some_bytes(saved, monkeypatch, together, reads):
+    folder, states = saved
+    monkeypatch.setattr(checkpoint, "TOGETHER", together)
+    asked, part = [], Checkpoints._part
+    monkeypatch.setattr(Checkpoints, "_part", lambda *given: asked.append(len(given[2])) or part(*given))
+    checkpoints = Checkpoints(folder)
+    assert_same(jax.tree.map(np.asarray, checkpoints.leaves(2, states[0].params)), states[2].params)
+    assert asked == reads
+    checkpoints.close()
+
+
 @pytest.mark.parametrize("name", MARKS)
 def test_other_data_or_another_tokenizer_is_refused(saved, name):
     folder, _ = saved
