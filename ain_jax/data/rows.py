@@ -99,7 +99,7 @@ class Rows:
                     patch_at += count
                     segment = dataclasses.replace(segment, patches_PK=np.empty((count, 0), np.float32))
                 segments.append(dataclasses.replace(segment, group=group))
-        packing = dataclasses.replace(self.packing, row_patches=0) if text_only else self.packing
+        packing = dataclasses.replace(self.packing, row_patches=0, text_batches=False) if text_only else self.packing
         row = lay_row(segments, packing, 0, self.images.merge_size if self.images else 1)
         if patches_PK is not None:
             row["patches_BPK"] = patches_PK
