@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ain_jax.experiment import (
     ExperimentError,
@@ -29,6 +29,9 @@ from ain_jax.experiment import (
     resolve,
 )
 from ain_jax.launching import TOLD, Interrupted, OtherProcess
+
+if TYPE_CHECKING:
+    from ain_jax.stages import registry
 
 # Settings that leave every number as it is: they may change between a run and its resumption.
 NEUTRAL = (
@@ -60,6 +63,9 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp", required=True, help="a name in experiments/, or the path of a .gin file")
     parser.add_argument("--run_dir", type=Path, help="where everything is written (default: runs/NAME)")
+    parser.add_argument(
+        "--data_dir", type=Path, help="where data are built, once for all runs that name it (default: RUN_DIR/data)"
+    )
     parser.add_argument("--stage", help="run this one stage")
     parser.add_argument(
         "--set",
@@ -79,10 +85,12 @@ def main(
     description: str = "Run an experiment on this machine.",
     experiments: Path = Path("experiments"),
     join: Callable[[], object] = lambda: None,
+    programs: dict[tuple[Any, ...], Any] | None = None,
 ) -> int:
     """The exit status: 0 done, 1 stopped by a fault that is told, 130 interrupted, 75 one of several was lost.
 
-    `join` is called before jax is asked for its devices: there a process joins the others of the run.
+    `join` is called before jax is asked for its devices: there a process joins the others of the run. `programs` holds
+    what earlier runs of this process compiled, for those to come; of so many no page is made, ain_jax.report does it.
     """
     asked = arguments(argv, description)
     try:
@@ -111,7 +119,10 @@ def main(
         with signals.at_once():
             join()
             with _alone(root):
-                return run(resolved, root, asked.stage, asked.profile)
+                shared = None
+                if asked.data_dir or programs is not None:
+                    shared = registry.Shared(asked.data_dir or root / "data", programs if programs is not None else {})
+                return run(resolved, root, asked.stage, asked.profile, shared, page=programs is None)
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
         print(f"\ninterrupted{detail}; the same command goes on from there", file=sys.stderr)
@@ -159,7 +170,14 @@ def _check_stages(resolved: Resolved, root: Path) -> None:
         raise ExperimentError("\n".join(dict.fromkeys(faults)))
 
 
-def run(resolved: Resolved, root: Path, only: str | None = None, profile: bool = False) -> int:
+def run(
+    resolved: Resolved,
+    root: Path,
+    only: str | None = None,
+    profile: bool = False,
+    shared: "registry.Shared | None" = None,
+    page: bool = True,
+) -> int:
     """Run the stages in order, or one of them; write the summary and the report when all are finished."""
     from ain_jax import report
     from ain_jax.launching.processes import of_first
@@ -175,7 +193,7 @@ def run(resolved: Resolved, root: Path, only: str | None = None, profile: bool =
         of_first(lambda stage=stage: _begin_stage(resolved, root, stage))
         began, kind = time.monotonic(), resolved.experiment.kind(stage)
         try:
-            stage_run = registry.StageRun(resolved, root, stage, profile)
+            stage_run = registry.StageRun(resolved, root, stage, profile, shared)
             if kind in registry.LOSS:
                 learning.tell(stage_run)
             numbers = registry.RUN[kind](stage_run)
@@ -192,7 +210,7 @@ def run(resolved: Resolved, root: Path, only: str | None = None, profile: bool =
             report.print_stage(stage, numbers, seconds)
 
         of_first(finish)
-    of_first(lambda: _finish(resolved, root))
+    of_first(lambda: _finish(resolved, root, page))
     return 0
 
 
@@ -212,7 +230,7 @@ def _begin_stage(resolved: Resolved, root: Path, stage: str) -> None:
     _write_text(root / stage / "config.gin", "\n".join(_lines(resolved, stage)) + "\n")
 
 
-def _finish(resolved: Resolved, root: Path) -> None:
+def _finish(resolved: Resolved, root: Path, page: bool) -> None:
     """The summary and the report, where all stages are finished."""
     from ain_jax import report
 
@@ -221,8 +239,9 @@ def _finish(resolved: Resolved, root: Path) -> None:
     summary = summarise(resolved, root)
     _write_text(root / "summary.json", _json(summary))
     report.print_table(summary)
-    page = report.write(summary, root, resolved)
-    print(f"\nsummary  {root / 'summary.json'}\nreport   {page}")
+    print(f"\nsummary  {root / 'summary.json'}")
+    if page:
+        print(f"report   {report.write(summary, root, resolved)}")
     if (root / "export").is_dir():
         print(f"model    {root / 'export'}")
 

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -125,6 +125,18 @@ class Start:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shared:
+    """What several runs have in common: the folder their data are built in, and what one process compiled for them."""
+
+    data: Path
+    programs: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict)
+
+
+# Settings that reach a stage's programs as arrays and their shapes alone, or not at all.
+NOT_COMPILED = ("Sources", "SampleParams", "Mixture", "Packing", "Loader", "Start", "Watch", "Budget")
+
+
+@dataclasses.dataclass(frozen=True)
 class StageRun:
     """One stage of one run: where it writes and what it was told."""
 
@@ -132,10 +144,31 @@ class StageRun:
     root: Path
     stage: str
     profile: bool = False  # a trace of some of its steps is asked for
+    shared: Shared | None = None  # with other runs
 
     @property
     def folder(self) -> Path:
         return self.root / self.stage
+
+    @property
+    def data(self) -> Path:
+        """Where built and tokenised data lie, each under a fingerprint of all that decides it."""
+        return self.shared.data if self.shared else self.root / "data"
+
+    def program(self, name: str, make: Callable[[], T], *also: Any) -> T:
+        """What `make` gives, a jitted function: made once for all runs of a process that share.
+
+        Two runs have the same program where they are of one kind of stage, one model and one tokenizer, and all
+        settings agree but those of NOT_COMPILED; `also` is what it depends on beside.
+        """
+        if self.shared is None:
+            return make()
+        settings = {n: s for n, s in self.resolved.stage(self.stage).items() if n not in NOT_COMPILED}
+        kind, tokenizer = self.resolved.experiment.kind(self.stage), tuple(self.tokenizer_mark.values())
+        key = (name, kind, repr(settings), repr(self.config), tokenizer, *also)
+        if key not in self.shared.programs:
+            self.shared.programs[key] = make()
+        return self.shared.programs[key]
 
     def get(self, cls: type[T]) -> T:
         """The settings of this stage of one class."""
@@ -364,19 +397,29 @@ class StageRun:
             raise ValueError(f"the tokenizer has no token {text!r}: add it in the stage extend_tokenizer")
         return int(index)
 
+    @functools.cached_property
+    def _read(self) -> dict[tuple[str, str], tuple[Records, str]]:
+        """What `records` gave already: a source may be asked for part by part."""
+        return {}
+
     def records(self, kind: str, split: str) -> tuple[Records, str]:
         """The records of a source (one of Sources.files, or a kind of the sample) and a mark that changes with them."""
+        if (kind, split) not in self._read:
+            self._read[kind, split] = self._records(kind, split)
+        return self._read[kind, split]
+
+    def _records(self, kind: str, split: str) -> tuple[Records, str]:
         sources = self.get(Sources)
         if kind in sources.files and kind in KINDS:
             raise ValueError(f"Sources.files names {kind!r}, as the sample does: give it another name")
         if kind in sources.files:
-            built = processes.first(lambda: file_builder.build(kind, sources, self.root / "data"))
+            built = processes.first(lambda: file_builder.build(kind, sources, self.data))
             return file_builder.records(built, split), Path(built.data_dir).parent.name
         if kind not in KINDS:
             hint = nearest(kind, [*sources.files, *KINDS])
             raise ValueError(f"no source {kind!r}: {hint}; files of your own are named in Sources.files")
         params = self.get(SampleParams)
-        builder = processes.first(lambda: sample_builder.build(kind, self.root / "data", params))
+        builder = processes.first(lambda: sample_builder.build(kind, self.data, params))
         return sample_builder.records(builder, split), sample_builder.fingerprint(params)
 
     def examples(
@@ -419,7 +462,7 @@ class StageRun:
                 self._pictures(packing),
                 packing.row_tokens,
                 mark,
-                self.root / "data" / "tokenised",
+                self.data / "tokenised",
                 packing,
                 self.get(chat.Chat),
                 sources.bad_share if kind in sources.files else 0.0,

@@ -39,7 +39,7 @@ def run(stage: common.StageRun) -> dict:
             together = trainer.rows // (1 if stage.get(Packing).text_batches else trainer.accumulate)
             batches = lambda r: stage.batches(r, together)
             also = f"{stage.config!r}/{jnp.dtype(stage.get(common.Model).dtype).name}"
-            folder = stage.root / "data" / "reference"
+            folder = stage.data / "reference"
             # Low-rank pairs lie beside these parameters: without them they are the reference, as they stand.
             rows = reference.with_reference(rows, stage.model, params, batches, folder, also)
     return training.fit(stage, params, loss(stage, len(rows.groups)), rows)

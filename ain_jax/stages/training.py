@@ -86,7 +86,8 @@ def fit(run: StageRun, params: Any, loss: Loss, data: loader.Rows) -> dict[str, 
     trainer = run.get(Trainer)
     trainer = dataclasses.replace(trainer, steps=-(-len(data) // trainer.rows))
     with jax.set_mesh(run.mesh):
-        made = make_step(run, loss, trainer.steps)
+        new = run.new_rows if run.get(Optimizer).rows == "new" else ()
+        made = run.program("step", lambda: make_step(run, loss, trainer.steps), trainer.steps, len(data.groups), new)
         trained, frozen = trained_part(run, params)
         checkpoints = checkpoint.Checkpoints(run.folder / "checkpoints", trainer.keep, trainer.keep_every)
         try:
