@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import jax
 import numpy as np
@@ -38,30 +39,49 @@ def check(run: StageRun) -> None:
 def watcher(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss]) -> Watcher | None:
     """What measures the texts of `Watch` in bits per byte; None where none are watched. `aimed` as `training.aimed`.
 
-    They are plain documents in a stage of conversations or of pairs as well: what is asked is whether the language is
-    still known. Where a vocabulary grows by parts they are cut by the whole of it, so that values compare.
+    They may be documents in a stage of conversations or of pairs as well: what is asked is whether the language is
+    still known. Of conversations what the stage learns of them is measured, their answers. Where a vocabulary grows by
+    parts all are cut by the whole of it, so that values compare.
     """
     settings, trainer = run.get(Watch), run.get(Trainer)
     if not settings.texts:
         return None
-    packing = Packing(row_tokens=settings.row_tokens or run.get(Packing).row_tokens, too_long="split")
+    own = run.get(Packing)
+    packing = Packing(
+        row_tokens=settings.row_tokens or own.row_tokens,
+        row_patches=own.row_patches,
+        too_long="split",
+        text_batches=own.row_patches > 0,  # texts without pictures need no arrays for them
+    )
     together = trainer.rows // trainer.accumulate  # as many rows as a step holds at once
     batches, groups = {}, {}
     for text in settings.texts:
-        if not run.records(source_parts(text)[0], "test")[0][0].text:
-            raise ValueError(f"{run.stage}/Watch.texts names {text!r}, which is not plain text: take it out")
-        name = f"watch_{text.replace('/', '_')}"
-        rows = run.rows({text: run.examples(text, "test", packing)}, None, None, name, packing=packing)
+        found = run.examples(text, "test", packing)
+        if not len(found):
+            raise ValueError(f"{run.stage}/Watch.texts names {text!r}, of which nothing is held out: take it out")
+        judged = np.flatnonzero(found.answers())
+        if len(judged):
+            raise ValueError(
+                f"{run.stage}/Watch.texts names {text!r}, of whose {len(found)} held-out examples {len(judged)} are "
+                "preferences: texts and conversations are watched; take it out"
+            )
+        name = f"watch_{quote(text, safe='')}"  # "a/b" and "a_b" are two
+        rows = run.rows({text: found}, None, None, name, packing=packing, rows_per_batch=together)
         if settings.rows:  # the same texts, however many rows a batch of the stage has
-            plan = dataclasses.replace(rows.plan, starts_R=rows.plan.starts_R[: settings.rows + 1])
+            # Batches of one shape are whole.
+            most = -(-settings.rows // together) * together if packing.text_batches else settings.rows
+            plan = dataclasses.replace(rows.plan, starts_R=rows.plan.starts_R[: most + 1])
             rows = dataclasses.replace(rows, plan=plan)
         batches[text] = [batch for batch, _ in run.batches(rows, together)]
         groups[text] = len(rows.groups)
 
     @functools.cache
     def score(groups: int) -> Any:
-        aim = aimed(losses.next_token(run.model, groups, losses.PLAIN, run.token_bytes_V))
-        return jax.jit(lambda trained, frozen, batch: aim(trained, frozen, batch, None).parts["bits_per_byte"])
+        def make() -> Any:
+            aim = aimed(losses.next_token(run.model, groups, losses.PLAIN, run.token_bytes_V))
+            return jax.jit(lambda trained, frozen, batch: aim(trained, frozen, batch, None).parts["bits_per_byte"])
+
+        return run.program("watch", make, groups)
 
     def measure(trained: Any, frozen: Any) -> dict[str, float]:
         found = {}

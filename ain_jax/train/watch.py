@@ -28,7 +28,7 @@ class Watch:
     Watch.stop_rise = {"documents/en": 0.05}           it stops where bits per byte are 5% above those at step 0
     """
 
-    texts: tuple[str, ...] = ()  # of plain text; none: nothing is watched
+    texts: tuple[str, ...] = ()  # texts, or conversations, whose answers are measured; none: nothing is watched
     every: int = 0  # steps; 0: before the first and after the last alone, which always are
     rows: int = 64  # of each text, at most; 0: all that is held out
     # At most so many tokens of a text are read together; 0: a row of the stage. Stages whose rows differ compare where
@@ -41,6 +41,10 @@ class Watch:
         if min(self.every, self.rows, self.row_tokens) < 0:
             numbers = f"every = {self.every}, rows = {self.rows}, row_tokens = {self.row_tokens}"
             raise ValueError(f"{numbers}: expected 0 or more each")
+        set_ = [f.name for f in dataclasses.fields(self) if f.name not in ("texts", "stop_rise")]
+        ignored = [f"{n} = {getattr(self, n)}" for n in set_ if getattr(self, n) != getattr(type(self), n)]
+        if ignored and not self.texts:
+            raise ValueError(f"{' and '.join(ignored)}, and nothing is watched: give texts, or leave it out")
         if double := sorted({text for text in self.texts if self.texts.count(text) > 1}):
             raise ValueError(f"texts names {', '.join(double)} more than once")
         for text, share in self.stop_rise.items():

@@ -22,7 +22,7 @@ from ain_jax.stages import export as export_stage
 from ain_jax.stages import registry
 from ain_jax.stages.common import StageRun
 from ain_jax.tokenizer.extend import padded_vocab
-from ain_jax.train import watch
+from ain_jax.train import losses, watch
 from ain_jax.train.optimizer import path_name
 from ain_jax.weights.adapters import load_adapters
 from ain_jax.weights.export import export_folder
@@ -211,6 +211,85 @@ def test_held_out_text_is_watched_in_every_stage(adapted, folders):
     assert found["instruct"][-1] != found["instruct"][0] and found["prefer"][-1] != found["prefer"][0]
     told = read_json(adapted / "run" / "prefer" / "result.json")["numbers"]["watched"]
     assert told == {"plain": [found["prefer"][0]["plain"], found["prefer"][-1]["plain"]]}
+
+
+TALKS = """
+Sources.files = {{"talks": "{data}/talks.jsonl", "plain": "{data}/plain.jsonl", "plain_ar": "{data}/more.jsonl"}}
+Sources.languages = {{"talks": "ar", "plain": "ar", "plain_ar": "ar"}}
+Sources.held_out = {{"talks": 0.6, "plain": 0.5, "plain_ar": 0.5}}
+Watch.texts = ("talks", "plain/ar", "plain_ar")
+Watch.row_tokens = 64
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(data):
+    """Every third conversation is about a picture."""
+    folder = data / "seen"
+    folder.mkdir()
+    (folder / "red.png").write_bytes((data / "red.png").read_bytes())
+    for n, line in enumerate(lines := [json.loads(line) for line in (data / "texts.jsonl").open()]):
+        if n % 3 == 0:
+            line["images"] = ["red.png"]
+            line["messages"][0]["content"] = f"<image>{n}؟"
+    plain = [json.loads(line) for line in (data / "plain.jsonl").open()]
+    more = [{"text": line["text"][::-1]} for line in plain]
+    for name, rows in (("talks", lines), ("plain", plain), ("more", more)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_answers_are_watched_with_and_without_pictures(folders, seen, tmp_path):
+    """In batches with pictures and batches without; against rows that hold one conversation each."""
+    assert go(tmp_path, experiment(folders / "qwen2_vl", seen, '("instruct",)', TALKS)) == 0
+    (first, *_) = watch.read(tmp_path / "run" / "instruct")
+    stage = StageRun(resolve(read_bindings(tmp_path / "folder.gin"), registry.SETTINGS), tmp_path / "run", "instruct")
+    params, _ = load_folder(folders / "qwen2_vl")
+    loss = losses.next_token(stage.model, 1, losses.PLAIN, stage.token_bytes_V)
+    alone = jax.jit(lambda batch: loss(params, {}, batch, None).parts["bits_per_byte"])
+
+    def by_hand(text):
+        packing = Packing(row_tokens=64, row_patches=64, window=1, too_long="split")
+        examples = stage.examples(text, "test", packing)
+        rows = stage.rows({text: examples}, None, None, "alone", packing=packing)
+        sums = [alone(batch) for batch, _ in stage.batches(rows, 1)]
+        return sum(float(bits.sum()) for bits, _ in sums) / sum(float(size.sum()) for _, size in sums), examples
+
+    for text in ("talks", "plain/ar", "plain_ar"):  # of which the last two are two
+        value, examples = by_hand(text)
+        assert first[text] == pytest.approx(value, rel=1e-4)
+        assert bool(len(examples.grids_M3)) == (text == "talks") and len(examples) > 2
+    assert first["plain/ar"] != first["plain_ar"]
+
+
+def test_preferences_are_no_text_to_watch(folders, data, tmp_path, capsys):
+    text = experiment(folders / "qwen2_vl", data, '("instruct",)', 'Watch.texts = ("pairs",)\n')
+    assert go(tmp_path, text + 'Sources.held_out = {"pairs": 0.5}\n') == 1
+    told = capsys.readouterr().err
+    assert "instruct/Watch.texts names 'pairs', of whose" in told and "are preferences" in told
+
+
+def test_runs_that_share_are_what_they_are_alone(folders, data, tmp_path):
+    text = experiment(folders / "llama", data, '("instruct",)', WATCH, patches=0).replace("talks", "texts")
+    alone, shared, programs = tmp_path / "alone", tmp_path / "shared", {}
+    for root in (alone, shared):
+        root.mkdir()
+        (root / "folder.gin").write_text(text, encoding="utf-8")
+
+    def begin(root, name, *bindings, **more):
+        asked = [part for binding in bindings for part in ("--set", binding)]
+        asked += ["--data_dir", str(root / "data")] if more else []
+        where = ["--exp", str(root / "folder.gin"), "--run_dir", str(root / name)]
+        assert run.main([*where, *asked], **more) == 0
+        return (root / name / "instruct" / "watch.jsonl").read_text("utf-8")
+
+    one, other = (begin(shared, f"seed_{n}", f"Experiment.seed={n}", programs=programs) for n in (1, 2))
+    assert other == begin(alone, "seed_2", "Experiment.seed=2") != one
+    assert sorted(name for name, *_ in programs) == ["step", "watch"]
+    # Another rate is another step; and what the data are built for is built once.
+    begin(shared, "faster", "Optimizer.learning_rate=0.02", programs=programs)
+    assert sorted(name for name, *_ in programs) == ["step", "step", "watch", "watch"]
+    assert not (shared / "seed_1" / "data").exists() and (alone / "seed_2" / "data").is_dir()
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llama", "llava_next"])

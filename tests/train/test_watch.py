@@ -134,6 +134,7 @@ def test_without_the_first_values_nothing_is_compared(run, tmp_path):
     [
         ({"every": -1}, "every = -1, rows = 64, row_tokens = 0: expected 0 or more each"),
         ({"texts": ("a", "b", "a")}, "texts names a more than once"),
+        ({"every": 5, "rows": 8, "row_tokens": 9}, "every = 5 and rows = 8 and row_tokens = 9, and nothing is watched"),
         ({"texts": ("documents/en",), "stop_rise": {"documents/em": 0.1}}, "'documents/em', which texts does not: did"),
         ({"texts": ("a",), "stop_rise": {"a": 0.0}}, "stop_rise = {'a': 0.0}: expected a share above 0; leave it out"),
     ],
