@@ -22,7 +22,7 @@ its column of `weight + scale * a·b` is brought to. It begins as the length of 
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -60,15 +60,15 @@ class Lora:
     def __post_init__(self):
         if self.rank < 0 or not self.alpha > 0:
             raise ValueError(f"rank = {self.rank}, alpha = {self.alpha}: expected 0 or more, and above 0")
+        ignored = [f.name for f in fields(self) if f.name != "rank" and getattr(self, f.name) != _default(f)]
+        if self.rank == 0 and ignored:
+            told = " and ".join(f"{name} = {getattr(self, name)}" for name in ignored)
+            raise ValueError(f"{told}, but rank = 0 adapts nothing: set rank, or leave it out")
         if not self.targets:
             raise ValueError(f"targets = (): expected names of modules, or {ALL_LINEAR!r}")
         below = {k: v for pattern in (self.rank_pattern, self.alpha_pattern) for k, v in pattern.items() if not v > 0}
         if below:
             raise ValueError(f"rank_pattern, alpha_pattern = {below}: expected ranks and alphas above 0")
-        if not self.rank and self.rank_pattern:
-            raise ValueError(f"rank_pattern = {dict(self.rank_pattern)}, but rank = 0 adapts nothing: set rank")
-        if not self.rank and self.dora:
-            raise ValueError("dora = True, but rank = 0 adapts nothing: set rank")
 
     def rank_of(self, path: str) -> int:
         """The rank of the module at this path."""
@@ -277,6 +277,10 @@ def _lengths(weight, a, b, is_head: bool) -> jax.Array:
     one = lambda w, a, b: norms(w.T if is_head else w, a, b, a.ndim - 1)
     each = (lambda *of_all: jax.lax.map(lambda of_layer: one(*of_layer), of_all)) if stacked else one
     return jax.jit(each)(weight, a, b)
+
+
+def _default(setting: Field) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def axis_names(adapters: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:

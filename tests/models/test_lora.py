@@ -309,6 +309,10 @@ def test_the_axes_of_a_pair_are_those_of_its_weight_and_the_rank():
         ({"rank": 4, "rank_pattern": {"q_proj": 0}}, r"rank_pattern, alpha_pattern = {'q_proj': 0}: expected .* above"),
         ({"rank_pattern": {"q_proj": 2}}, "but rank = 0 adapts nothing: set rank"),
         ({"dora": True}, "dora = True, but rank = 0 adapts nothing: set rank"),
+        (
+            {"alpha": 32.0, "targets": ("q_proj",), "rslora": True, "alpha_pattern": {"q_proj": 8.0}},
+            r"alpha = 32.0 and targets = .* and rslora = True and alpha_pattern = {'q_proj': 8.0}, but rank = 0 adapts",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
