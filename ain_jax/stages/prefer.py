@@ -24,7 +24,8 @@ def check(stage: common.StageRun) -> None:
     if stage.get(Preference).answers == "judged" and accumulate > 1:
         raise ValueError(
             f'{stage.stage}/Trainer.accumulate = {accumulate} and Preference.loss = "kto": its baseline is a mean over '
-            "the whole batch, which no part of it has; leave accumulate at 1, and save memory by Model.remat"
+            "the whole batch, which every answer's gradient needs and no part of it has before all are read; leave "
+            "accumulate at 1, and save memory by Model.remat"
         )
 
 

@@ -208,7 +208,9 @@ def _judged(model: Any, groups: int, settings: Preference) -> Loss:
     """`kto` of each judged answer.
 
     The baseline, without a gradient, is how far the policy has left the reference: the mean log-ratio of answers to
-    other questions, over the whole batch on all devices, and 0 where that is below (arXiv 2402.01306, section 4).
+    other questions, over the whole batch on all devices, and 0 where that is below (arXiv 2402.01306, section 4). It
+    stands inside a sigmoid, so a batch in parts is no sum of parts: all would have to be read once for the baseline and
+    again for the gradient. The stage refuses to cut one.
     `parts`: loss, accuracy (margin above 0), margin, baseline, drift and drift_worse (log-ratios of the good answers
     and of the bad ones).
     """

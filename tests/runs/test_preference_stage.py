@@ -140,7 +140,7 @@ def test_with_adapters_the_reference_is_the_base_alone(finished, folder):
     [
         ("prefer/Preference.target_margin = 1.0", 'loss = "sigmoid" ignores target_margin = 1.0: leave it out'),
         ("kto/Preference.sft = 0.5", 'loss = "kto" ignores sft = 0.5: leave it out'),
-        ("kto/Trainer.accumulate = 2", 'its baseline is a mean over the whole batch'),
+        ("kto/Trainer.accumulate = 2", 'its baseline is a mean over the whole batch, which every answer'),
         ('Chat.learn = ("user", "assistant")', "the assistant's last turn alone is compared or judged"),
         ('kto/Mixture.weights = {"pairs": 1.0}', "is a preference pair, and this stage learns from verdicts"),
         ('ipo/Mixture.weights = {"verdicts": 1.0}', "has a verdict on its answer, and this stage compares pairs"),
