@@ -7,6 +7,7 @@ of all parameters are compared in float32, of a Qwen2-VL, with pictures wherever
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,9 @@ def ours(both, batch, every: Iterable[Preference]):
     ]
 
 
-def packed(pairs: list[list[Segment]], desirable=None, rows=((1, 0), (3, 2))) -> PairBatch:
-    laid = worked.batch([[s for e in row for s in pairs[e]] for row in rows], PACKING)
+def packed(pairs: list[list[Segment]], desirable=None, rows=((1, 0), (3, 2)), targets=64) -> PairBatch:
+    packing = dataclasses.replace(PACKING, row_targets=targets)
+    laid = worked.batch([[s for e in row for s in pairs[e]] for row in rows], packing)
     good = None if desirable is None else np.array([[desirable[e] for e in row] for row in rows], np.int32)
     return PairBatch(laid, np.zeros((len(rows), 2), np.int32), None, good)
 
@@ -272,28 +274,48 @@ ALONE = {
 }  # fmt: skip
 
 
+# TRL counts the question into the cross-entropy of ORPO, the paper does not: here it is one token, nothing to learn.
+OPEN = {
+    name: [[dataclasses.replace(s, learn_L=np.arange(len(s.tokens_L)) > 0) for s in pair] for pair in pairs_of(source)]
+    for name, source in (("words", READ), ("pictures", SEEN))
+}
+
+
 @pytest.fixture(scope="module")
 def our_alone(both):
-    found = ours(both, packed(OPEN), (settings for settings, *_ in ALONE.values()))
-    return dict(zip(ALONE, found, strict=True))
-
-
-# TRL counts the question into the cross-entropy of ORPO, the paper does not: here it is one token, nothing to learn.
-OPEN = [[dataclasses.replace(s, learn_L=np.arange(len(s.tokens_L)) > 0) for s in pair] for pair in pairs_of(READ)]
+    every = [settings for settings, *_ in ALONE.values()]
+    found = {source: ours(both, packed(pairs, targets=96), every) for source, pairs in OPEN.items()}
+    return {source: dict(zip(ALONE, of_source, strict=True)) for source, of_source in found.items()}
 
 
 def of_two(pair):
     return padded(pair[:1], "chosen_", labels=True) | padded(pair[1:], "rejected_", labels=True)
 
 
+def shown(both, monkeypatch):
+    """TRL's trainers of these losses hand the model words alone: each call is given the pictures of its pair too."""
+    forward, pairs = both.policy.forward, itertools.count()
+
+    def seeing(input_ids, **others):
+        example = next(pairs)
+        seen = pictures(pairs_of(SEEN)[example], [grids_of(SEEN, example)] * 2)
+        return forward(input_ids=input_ids, mm_token_type_ids=(input_ids == worked.PICTURE).long(), **seen, **others)
+
+    monkeypatch.setattr(both.policy, "forward", seeing)
+
+
+@pytest.mark.parametrize("source", OPEN)
 @pytest.mark.parametrize("name", ALONE)
-def test_losses_without_a_reference(both, trainer, our_alone, name):
+def test_losses_without_a_reference(both, trainer, our_alone, name, source, monkeypatch):
     settings, kind, theirs_settings = ALONE[name]
     made = trainer(both, kind, **theirs_settings)
+    if source == "pictures":
+        shown(both, monkeypatch)
     # TRL's cross-entropy is a mean over the tokens of a batch, ours over those of a pair: so pairs one by one.
-    found = theirs(both, made, [of_two(pair) for pair in OPEN], len(OPEN), size=lambda batch: 1)
-    assert_same(our_alone[name], found)
-    told = our_alone[name][2]
+    pairs = OPEN[source]
+    found = theirs(both, made, [of_two(pair) for pair in pairs], len(pairs), size=lambda batch: 1)
+    assert_same(our_alone[source][name], found)
+    told = our_alone[source][name][2]
     names = {"accuracy": ("rewards/accuracies", 1), "nll": ("logps/chosen", -1), "nll_worse": ("logps/rejected", -1)}
     names |= {"margin": ("log_odds_chosen" if kind == "orpo" else "rewards/margins", 1)}
     assert_told(told, made, names)
