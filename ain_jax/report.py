@@ -66,9 +66,9 @@ def print_table(summary: Mapping[str, Any]) -> None:
     if not rows:
         return
     shown = columns(summary, rows)
-    console = Console()
+    console = Console(force_jupyter=False)
     if not console.is_terminal:
-        console = Console(width=160)  # a log has no width of its own
+        console = Console(force_jupyter=False, width=160)  # a log has no width of its own
     drawn = Table(box=box.SIMPLE_HEAD)
     drawn.add_column("measure", no_wrap=not console.is_terminal)
     for name in shown:

@@ -105,9 +105,9 @@ def tell(run: StageRun) -> None:
 
 def show(stage: str, found: Iterable[Part], settings: Optimizer) -> None:
     """The table on standard error."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)
     if not console.is_terminal:
-        console = Console(stderr=True, width=160)  # a log has no width of its own
+        console = Console(stderr=True, force_jupyter=False, width=160)  # a log has no width of its own
     drawn = Table(box=box.SIMPLE_HEAD, title=f"{stage}: what learns", title_justify="left")
     drawn.add_column("module", no_wrap=True)
     for name in ("parameters", "learn"):
@@ -141,7 +141,8 @@ def show_planned(resolved: Resolved, root: Path, stages: Iterable[str]) -> None:
             try:
                 assert run.config
             except (ValueError, OSError) as fault:
-                Console(stderr=True).print(f"{stage}: what learns cannot be told yet: {fault}", highlight=False)
+                console = Console(stderr=True, force_jupyter=False)
+                console.print(f"{stage}: what learns cannot be told yet: {fault}", highlight=False)
                 continue
             show(stage, parts(run), run.get(Optimizer))
 
