@@ -137,8 +137,17 @@ def go(begun, monkeypatch):
     return start
 
 
+def assert_watched(numbers, *stages):
+    """Both languages, before and after each stage that trains."""
+    assert {stage for stage in numbers if "watched" in numbers[stage]} == set(stages)
+    for stage in stages:
+        assert set(numbers[stage]["watched"]) == {"watch_ar", "watch_en"}
+        assert all(0 < after < 99 and before != after for before, after in numbers[stage]["watched"].values())
+
+
 def test_ain(go):
     numbers, _, tokenizer = go("ain_7b", "Qwen2VLForConditionalGeneration")
+    assert_watched(numbers, "instruct")
     assert numbers["instruct"]["steps"] > 4 and tokenizer.convert_tokens_to_ids("<|image_pad|>") is not None
 
 
@@ -166,8 +175,9 @@ def test_allam_from_random_weights(go):
 
 @pytest.mark.parametrize(("name", "opened"), [("llamar_8b", "LlamaForCausalLM"), ("gemmar_7b", "GemmaForCausalLM")])
 def test_instar(go, name, opened):
-    go(name, opened)
-    (folder,) = (Path("runs") / f"{name}_twin" / "data" / "files").iterdir()
+    numbers, *_ = go(name, opened)
+    assert_watched(numbers, "instruct")
+    (folder,) = (Path("runs") / f"{name}_twin" / "data" / "files").glob("instar-*")
     told = json.loads(next(folder.glob("*/summary.json")).read_text("utf-8"))
     # 180 rows, every ninth (20) with an answer in English; every twentieth (9) stands there twice, one of them English.
     assert (told["rows"], told["rejected"], told["left_out"]) == (180 + 9, 0, 20 + 9)
@@ -176,5 +186,6 @@ def test_instar(go, name, opened):
 
 def test_pangea(go):
     numbers, model, tokenizer = go("pangea_7b", "LlavaNextForConditionalGeneration")
+    assert_watched(numbers, "projector", "instruct")
     assert {f"loss/pangea/{language}" for language in data.NAMED_IN} <= set(numbers["instruct"]["last"])
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>")

@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from ain_jax import twins
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -19,9 +21,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("twins"), help="where they go")
     folder = parser.parse_args().folder
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from ain_jax.twins import data, models  # which import jax
-
-    for place in (*models.write_models(folder / "models"), *data.write_data(folder / "data")):
+    for place in twins.write(folder):
         print(place)
     return 0
 

@@ -5,6 +5,8 @@
     instar/*.parquet         InstAr-500k's columns, with what its users complain of: English answers in rows that
                              count as Arabic, rows that stand there twice, one English system prompt in all of them
     pangea/*.json            LLaVA's: captions for the projector; names of things in 39 languages
+    names/*.jsonl            the same names asked for in words, all of them: what the notebooks learn
+    held_out/*.jsonl         text of both languages that no other file has, to measure with
 
 The code is this package's own.
 """
@@ -40,8 +42,9 @@ NAMED_IN = {  # as English calls the languages, for the question
 
 
 def write_data(out: Path) -> list[Path]:
-    """The folder of each paper: out/ain, out/allam, out/instar, out/pangea."""
-    return [ain(out / "ain"), allam(out / "allam"), instar(out / "instar"), pangea(out / "pangea")]
+    """The folder of each paper, out/ain, out/allam, out/instar, out/pangea, and what several have in common."""
+    papers = [ain(out / "ain"), allam(out / "allam"), instar(out / "instar"), pangea(out / "pangea")]
+    return [*papers, names(out / "names"), held_out(out / "held_out")]
 
 
 def ain(out: Path) -> Path:
@@ -137,6 +140,28 @@ def pangea(out: Path) -> Path:
         for language, name in row["names"].items()
     ]
     return _json(out / "names.json", named)
+
+
+def names(out: Path) -> Path:
+    """What each thing is called in each language, without its picture: its character stands in the question."""
+    rows = []
+    for row in sample.rows("names"):
+        character = "".join(chr(int(code, 16)) for code in row["id"].split("-"))
+        for language, name in row["names"].items():
+            said = [("user", f"{character} in {NAMED_IN[language]}?"), ("assistant", name)]
+            messages = [{"role": role, "content": words} for role, words in said]
+            rows.append({"id": f"{row['id']}-{language}", "language": language, "messages": messages})
+    _jsonl(out / "names.jsonl", rows)
+    return out
+
+
+def held_out(out: Path) -> Path:
+    """The sample's own test documents, of which nothing is in the other files."""
+    records = list(documents(PARAMS, "test"))
+    for language in ("ar", "en"):
+        own = [r for r in records if r.language == language]
+        _jsonl(out / f"{language}.jsonl", ({"id": r.id, "text": r.text, "language": language} for r in own))
+    return out
 
 
 def _said(*turns: str) -> list[Row]:
