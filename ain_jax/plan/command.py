@@ -28,7 +28,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--slices", type=int, default=0, help="how many of them")
     parser.add_argument("--stage", help="plan this one stage")
     parser.add_argument("--search", action="store_true", help="try batch x remat x mesh, and rank them")
-    parser.add_argument("--tries", type=int, default=12, help="with --search: compile no more than so many")
+    parser.add_argument("--tries", type=int, default=12, help="with --search: compile no more than so many (12)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="with --search: of one of them, no longer (30)")
     parser.add_argument("--price", type=float, help="dollars for a chip and an hour")
     parser.add_argument("--run_dir", type=Path, help="the run's folder, whose tokenizer and data are used if there")
     parser.add_argument("--out", type=Path, help="where the JSON is written (default: plans/EXPERIMENT-SLICE.json)")
@@ -43,6 +44,9 @@ def main(argv: list[str], experiments: Path) -> int:
     asked = arguments(argv)
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks the network which TPU this machine is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two plans at once compile beside one another
+    # Else libtpu complains that no TPU is here, which a plan knows.
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3"}
+    os.environ["TPU_MIN_LOG_LEVEL"] = "3"
     try:
         slices = chips.read(asked.plan, asked.slices)
         return _plan(asked, find_experiment(asked.exp, experiments), slices)
@@ -74,12 +78,13 @@ def _plan(asked: argparse.Namespace, path: Path, slices: chips.Slices) -> int:
         found = compiler.compile_stage(resolved, root, stage, slices)
         numbers = report.numbers(found, slices, asked.price)
         report.show(found, numbers, slices)
-        if isinstance(found, compiler.TooLarge) or not found.memory.fits:
+        if isinstance(found, compiler.TooLarge) or not found.fits:
             fits = False
             if not asked.search:
                 numbers["would_fit"] = report.show_change(search.what_fits(bindings, resolved, root, stage, slices))
         if asked.search:
-            numbers["search"] = report.show_search(search.search(bindings, resolved, root, stage, slices, asked.tries))
+            tried = search.search(bindings, resolved, root, stage, slices, asked.tries, found, asked.minutes)
+            numbers["search"] = report.show_search(stage, tried, slices)
         written["stages"][stage] = numbers
     out = asked.out or Path("plans") / f"{experiment.name}-{slices.name}.json"
     common.write_json(out, written)

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from ain_jax.experiment import Resolved
 from ain_jax.plan import estimate, flops, hlo, products
 from ain_jax.plan.chips import Slices
 from ain_jax.plan.planned import PlannedRun, planned
-from ain_jax.stages import registry, training
+from ain_jax.stages import prefer, registry, training, watching
+from ain_jax.train import reference
 from ain_jax.train.loop import Trainer
 from ain_jax.train.optimizer import Optimizer, rate_tree
+from ain_jax.train.preferences import Preference
+from ain_jax.train.watch import Watch
 
+STEP = "step"
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# The compiler says it in two ways; the second counts temporaries alone, before it has placed any of them.
+# The compiler says it in two ways; the second counts arguments and temporaries before it has placed any of them.
 _SIZE = r"([\d.]+)([BKMGT])"
 OUT_OF_MEMORY = re.compile(rf"(?:Used {_SIZE} of |temporaries \({_SIZE}\) exceeds available HBM \(){_SIZE}")
 
@@ -44,7 +49,7 @@ def devices(slices: Slices) -> tuple[Any, ...]:
     return tuple(described.devices)
 
 
-def trace(run: PlannedRun, groups: int = 0, steps: int = 0) -> tuple[Any, training.Step]:
+def trace(run: PlannedRun, groups: int = 0, steps: int = 0, batch: Any = None) -> tuple[Any, training.Step]:
     """The traced step of a stage, to be lowered under the run's mesh, and what it is called with.
 
     `groups` and `steps` are those of the data; where they are not known, one group for each source, and as many steps
@@ -54,7 +59,7 @@ def trace(run: PlannedRun, groups: int = 0, steps: int = 0) -> tuple[Any, traini
     # Before the mesh is set: under one of described devices nothing can be computed, only traced.
     loss = registry.LOSS[kind](run, groups or len(run.get(Mixture).weights))
     made = training.make_step(run, loss, steps or steps_of(run) or 1)
-    batch, key = run.batch(), jax.eval_shape(lambda: jax.random.key(0))
+    batch, key = batch or run.batch(), jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(run.mesh):
         return made.update.trace(made.state, made.frozen, batch, key), made
 
@@ -80,12 +85,23 @@ class Memory:
     temporaries: int  # gradients, activations, gathered parameters
     outputs: int  # beside the arguments that they overwrite
     code: int
-    peak: int
+    live: int  # the compiler's own peak: the arrays that are needed at one time, without gaps and without scratch
+    beside: int  # what lies there meanwhile and is no argument
+    peak: int  # what is reserved, all in all
     limit: int
 
     @property
     def fits(self) -> bool:
         return self.peak <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Another program of a stage, that runs between or before its steps."""
+
+    name: str
+    memory: Memory
+    seconds: float  # that compiling took
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +127,12 @@ class Compiled:
     unknown_loops: tuple[str, ...]
     assumed: tuple[str, ...]
     seconds: float  # that compiling took
+    programs: tuple[Program, ...] = ()  # what else the stage runs
+
+    @property
+    def fits(self) -> bool:
+        """Whether all programs of the stage do."""
+        return self.memory.fits and all(program.memory.fits for program in self.programs)
 
     @property
     def tokens(self) -> int:
@@ -139,38 +161,69 @@ class TooLarge:
     limit: int
     message: str
     seconds: float
+    program: str = STEP
 
 
-def compile_stage(resolved: Resolved, root: Path, stage: str, slices: Slices) -> Compiled | TooLarge:
-    """The step of one stage on these slices. Raises ValueError for settings that cannot be laid over them."""
+def others(run: PlannedRun) -> Iterator[tuple[str, Callable[[], Any], int]]:
+    """(name, function that traces it, bytes on a chip beside its arguments) of what a stage compiles beside its step.
+
+    Rows without pictures are a second shape of the step; the reference of preferences is read before the first step,
+    with no optimiser there yet; watched texts are read between steps, which keep theirs.
+    """
+    packing = run.get(Packing)
+    if packing.text_batches:
+        without = dataclasses.replace(packing, row_patches=0, text_batches=False)
+        yield "step, rows without pictures", lambda: trace(run, batch=run.batch(packing=without))[0], 0
+    if prefer.answers(run) != "one" and run.get(Preference).needs_reference:
+        batch = run.batch(prefer.together(run), reference=False)
+        yield "reference", lambda: _traced(run, reference.scorer(run.model), run.layout(), batch), 0
+    if run.get(Watch).texts:
+        packing, rows = watching.shape(run)
+        batch = run.batch(rows, packing, "one")
+        # Made before the mesh is set, as the loss of a step.
+        score = watching.scorer(run, functools.partial(training.aimed, run), 1)
+        loss = registry.LOSS[run.resolved.experiment.kind(run.stage)](run, 1)
+        made = training.make_step(run, loss, 1)
+        read = lambda: _traced(run, score, made.state.params, made.frozen, batch)
+        yield "watched texts", read, _bytes(made.state.opt_state)
+
+
+def _traced(run: PlannedRun, function: Any, *arguments: Any) -> Any:
+    with jax.set_mesh(run.mesh):
+        return function.trace(*arguments)
+
+
+def compile_stage(
+    resolved: Resolved, root: Path, stage: str, slices: Slices, step_alone: bool = False
+) -> Compiled | TooLarge:
+    """The step of one stage on these slices, and its other programs (see `others`), or the first that does not fit.
+
+    Raises ValueError for settings that cannot be laid over the slices.
+    """
     run = planned(resolved, root, stage, devices(slices))
     begun = time.monotonic()
     traced, made = trace(run)
     state = made.state
-    with jax.set_mesh(run.mesh):
-        try:
-            compiled = traced.lower().compile()
-        except jax.errors.JaxRuntimeError as fault:
-            used = OUT_OF_MEMORY.search(str(fault))
-            if used is None:
-                raise
-            found = [text for text in used.groups() if text]
-            needed, limit = (int(float(n) * UNITS[u]) for n, u in (found[:2], found[2:]))
-            return TooLarge(stage, needed, limit, _short(str(fault)), round(time.monotonic() - begun, 1))
+    compiled = _compile(run, traced)
+    if isinstance(compiled, TooLarge):
+        return dataclasses.replace(compiled, seconds=round(time.monotonic() - begun, 1))
+    seconds = round(time.monotonic() - begun, 1)
+    programs = []
+    for name, make, beside in () if step_alone else others(run):
+        start = time.monotonic()
+        found = _compile(run, make(), name)
+        took = round(time.monotonic() - start, 1)
+        if isinstance(found, TooLarge):
+            return dataclasses.replace(found, seconds=took)
+        programs.append(Program(name, _memory(found, slices, beside=beside), took))
     text = hlo.Module(compiled.as_text())
     trainer, packing = run.get(Trainer), run.get(Packing)
-    analysis = compiled.memory_analysis()
-    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    memory = Memory(
+    memory = _memory(
+        compiled,
+        slices,
         parameters=_bytes((state.params, made.frozen)),
         optimizer=_bytes(state.opt_state),
         batch=_bytes(run.batch()),
-        arguments=analysis.argument_size_in_bytes,
-        temporaries=analysis.temp_size_in_bytes,
-        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
-        code=analysis.generated_code_size_in_bytes,
-        peak=kept + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes,
-        limit=slices.chip.hbm_bytes,
     )
     return Compiled(
         stage=stage,
@@ -191,7 +244,48 @@ def compile_stage(resolved: Resolved, root: Path, stage: str, slices: Slices) ->
         collectives=tuple(text.collectives(math.prod(slices.shape) if slices.count > 1 else 0)),
         unknown_loops=tuple(text.unknown_loops),
         assumed=tuple(run.assumed),
-        seconds=round(time.monotonic() - begun, 1),
+        seconds=seconds,
+        programs=tuple(programs),
+    )
+
+
+def _compile(run: PlannedRun, traced: Any, program: str = STEP) -> Any:
+    """The compiled program, or what it would need where it does not fit."""
+    try:
+        with jax.set_mesh(run.mesh):
+            return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as fault:
+        used = OUT_OF_MEMORY.search(str(fault))
+        if used is None:
+            raise
+        found = [text for text in used.groups() if text]
+        needed, limit = (int(float(n) * UNITS[u]) for n, u in (found[:2], found[2:]))
+        return TooLarge(run.stage, needed, limit, _short(str(fault)), 0.0, program)
+
+
+def _memory(
+    compiled: Any, slices: Slices, parameters: int = 0, optimizer: int = 0, batch: int = 0, beside: int = 0
+) -> Memory:
+    """What a compiled program reserves on a chip, by the compiler's analysis.
+
+    The peak is arguments, outputs, temporaries and code, each as it is reserved: a program that the compiler refuses
+    for its memory is refused for their sum. What it calls its peak counts the arrays alone that are needed at one time,
+    and is less: neither the gaps between them nor the scratch of collectives are in it.
+    """
+    analysis = compiled.memory_analysis()
+    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Memory(
+        parameters=parameters,
+        optimizer=optimizer,
+        batch=batch,
+        arguments=analysis.argument_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+        live=analysis.peak_memory_in_bytes,
+        beside=beside,
+        peak=kept + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes + beside,
+        limit=slices.chip.hbm_bytes,
     )
 
 

@@ -157,14 +157,18 @@ class Module:
     def collectives(self, chips_per_slice: int = 0) -> list[Collective]:
         """By kind and by whether they leave the slice, the most bytes first."""
         found: dict[tuple[str, bool], Collective] = {}
-        seen: set[str] = set()
+        seen: set[tuple[str, str]] = set()
         for name, count, instruction in self.running():
             kind = instruction.opcode.removesuffix("-start")
-            channel = re.search(r"channel_id=(\d+)", instruction.line)
-            if kind not in COLLECTIVES or (channel and channel[1] in seen):
+            if kind not in COLLECTIVES:
                 continue
-            if channel:  # one that runs beside other work stands in each of the fusions that carry it on
-                seen.add(channel[1])
+            channel = re.search(r"channel_id=(\d+)", instruction.line)
+            if channel and name in self.fused:
+                # One that runs beside other work stands in each of the fusions that carry it on. Elsewhere each is one
+                # of its own: those written by hand (`shard_map`) share channel 1.
+                if (channel[1], kind) in seen:
+                    continue
+                seen.add((channel[1], kind))
             groups = _groups(instruction.line)
             size = max((len(g) for g in groups), default=0)
             operands = sum(

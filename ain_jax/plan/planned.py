@@ -13,7 +13,7 @@ import numpy as np
 
 from ain_jax import sharding
 from ain_jax.data.batch import Batch, PairBatch
-from ain_jax.data.examples import PictureSettings
+from ain_jax.data.examples import Answers, PictureSettings
 from ain_jax.data.images import ImageSettings
 from ain_jax.data.pack_plan import load, stored_fingerprint
 from ain_jax.data.packing import Packing, lay_row
@@ -121,9 +121,11 @@ class PlannedRun(StageRun):
         path = self.folder / "pack_plan"
         return load(path) if stored_fingerprint(path) else None
 
-    def batch(self) -> Batch | PairBatch:
-        """Shapes and shardings of a batch with pictures, as `loader.batches` lays it."""
-        packing, rows = self.get(Packing), self.get(Trainer).rows
+    def batch(
+        self, rows: int = 0, packing: Packing | None = None, answers: Answers | None = None, reference: bool = True
+    ) -> Batch | PairBatch:
+        """Shapes and shardings of a batch, as `loader.batches` lays it: of a step, or of what is given instead."""
+        packing, rows = packing or self.get(Packing), rows or self.get(Trainer).rows
         images = self._pictures(packing)
         row = lay_row([], packing, images.patch_values if images else 0, images.merge_size if images else 1)
         where = sharding.rows(self.mesh)
@@ -131,18 +133,19 @@ class PlannedRun(StageRun):
             where.shard_shape((rows,))
         except ValueError:
             raise ValueError(
-                f"{self.stage}/Trainer.rows = {rows} cannot be laid over the mesh {dict(self.mesh.shape)} equally: "
-                "change it, or Mesh"
+                f"{self.stage}: {rows} rows at once cannot be laid over the mesh {dict(self.mesh.shape)} equally: "
+                f"change Trainer.rows = {self.get(Trainer).rows} or accumulate, or let several chips share a row, by "
+                "Mesh.tensor or Mesh.sequence"
             ) from None
         place = lambda shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
         batch = Batch(**{name: place(array.shape, array.dtype) for name, array in row.items()})
-        answers = prefer.answers(self)
+        answers = answers or prefer.answers(self)
         if answers == "one":
             return batch
         count = self.pack_plan.max_units if self.pack_plan else PAIRS
         counts, values = place((count,), np.dtype(np.int32)), place((count, 2), np.dtype(np.float32))
-        reference = values if self.get(Preference).needs_reference else None
-        return PairBatch(batch, counts, reference, counts if answers == "judged" else None)
+        known = values if reference and self.get(Preference).needs_reference else None
+        return PairBatch(batch, counts, known, counts if answers == "judged" else None)
 
     @property
     def assumed(self) -> list[str]:

@@ -33,7 +33,7 @@ def numbers(found: Compiled | TooLarge, slices: Slices, price: float | None) -> 
     if isinstance(found, TooLarge):
         return {"fits": False, **dataclasses.asdict(found)}
     roof = found.roofline(slices)
-    result = dataclasses.asdict(found) | {"fits": found.memory.fits, "tokens_per_step": found.tokens}
+    result = dataclasses.asdict(found) | {"fits": found.fits, "tokens_per_step": found.tokens}
     for name, seconds in (("overlapped", roof.fastest), ("in_turn", roof.slowest)):
         result[name] = {
             "step_seconds": seconds,
@@ -52,8 +52,8 @@ def show(found: Compiled | TooLarge, told: dict[str, Any], slices: Slices) -> No
     console = Console()
     if isinstance(found, TooLarge):
         console.print(
-            f"[bold]{found.stage}[/bold] does not fit {slices.name}: needs {_gib(found.needed)} of HBM a chip, which "
-            f"has {_gib(found.limit)} (the compiler: {found.message})",
+            f"[bold]{found.stage}[/bold] ({found.program}) does not fit {slices.name}: needs {_gib(found.needed)} of "
+            f"HBM a chip, which has {_gib(found.limit)} (the compiler: {found.message})",
             highlight=False,
         )
         return
@@ -69,8 +69,13 @@ def show(found: Compiled | TooLarge, told: dict[str, Any], slices: Slices) -> No
         ("batch", _gib(m.batch), f"{found.rows} rows of {found.row_tokens:,} tokens, accumulate {found.accumulate}"),
         ("arguments", _gib(m.arguments), "the three together, as laid out with padding"),
         ("gradients, activations", _gib(m.temporaries), "the compiler's temporaries"),
-        ("peak HBM", _gib(m.peak), f"of {_gib(m.limit)}: " + ("fits" if m.fits else "DOES NOT FIT")),
+        ("peak HBM", _gib(m.peak), f"reserved, of {_gib(m.limit)}: " + ("fits" if m.fits else "DOES NOT FIT")),
+        ("live at once", _gib(m.live), "the compiler's own peak, without gaps and scratch"),
     ]
+    for program in found.programs:
+        its = program.memory
+        beside = f"; {_gib(its.beside)} of it lie beside" if its.beside else ""
+        rows.append((f"peak HBM, {program.name}", _gib(its.peak), ("fits" if its.fits else "DOES NOT FIT") + beside))
     for row in rows:
         table.add_row(*row)
     table.add_section()
@@ -126,15 +131,31 @@ def show_change(change: Tried | None) -> dict[str, Any] | None:
     return dataclasses.asdict(change)
 
 
-def show_search(tried: Sequence[Tried]) -> list[dict[str, Any]]:
-    """The ranking of a search."""
-    table = Table(title="tried, the quickest that fits first (tokens a second with the network not overlapped)")
-    for name in ("tokens/s", "peak HBM", "settings", ""):
-        table.add_column(name, justify="right" if name in ("tokens/s", "peak HBM") else "left")
-    for one in tried:
+def show_search(stage: str, tried: Sequence[Tried], slices: Slices) -> list[dict[str, Any]]:
+    """The ranking of a search, and what to type for its first."""
+    table = Table(title=f"{stage} on {slices.name}: what was tried, the quickest that fits first")
+    for name in ("", "tokens/s", "beside yours", "peak HBM", "changes", ""):
+        table.add_column(name, justify="left" if name in ("changes", "") else "right")
+    yours = next((one.tokens_per_second for one in tried if not one.overrides), 0.0)
+    for place, one in enumerate(tried, 1):
         speed = f"{one.tokens_per_second:,.0f}" if one.tokens_per_second else ""
-        table.add_row(speed, _gib(one.peak) if one.peak else "", "\n".join(one.overrides), one.fault)
-    Console().print(table, highlight=False)
+        beside = f"{one.tokens_per_second / yours - 1:+.0%}" if yours and one.overrides and speed else ""
+        changes = "\n".join(one.overrides) or "none: as it is"
+        peak = _gib(one.peak) if one.peak else ""
+        table.add_row(str(place) if one.fits else "", speed, beside, peak, changes, one.fault)
+    console = Console()
+    console.print(table, highlight=False)
+    console.print(
+        "tokens/s: the roofline's, with the network not overlapped. Other rows are another batch: the rate may have "
+        "to change with them",
+        highlight=False,
+    )
+    if not tried[0].fits:
+        print("nothing of this fits: a larger slice has more memory")
+    elif not tried[0].overrides:
+        print("nothing of this is quicker than the settings as they are")
+    else:
+        print("the quickest that fits: " + " ".join(f"--set '{text}'" for text in tried[0].overrides))
     return [dataclasses.asdict(one) for one in tried]
 
 

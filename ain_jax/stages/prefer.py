@@ -35,15 +35,19 @@ def run(stage: common.StageRun) -> dict:
     params = stage.starting_params()
     if settings.needs_reference:
         with jax.set_mesh(stage.mesh):
-            trainer = stage.get(Trainer)
-            # As many rows as a step holds at once; a plan that sets rows without pictures apart counts by whole steps.
-            together = trainer.rows // (1 if stage.get(Packing).text_batches else trainer.accumulate)
-            batches = lambda r: stage.batches(r, together)
+            batches = lambda r: stage.batches(r, together(stage))
             also = f"{stage.config!r}/{jnp.dtype(stage.get(common.Model).dtype).name}"
             folder = stage.data / "reference"
             # Low-rank pairs lie beside these parameters: without them they are the reference, as they stand.
             rows = reference.with_reference(rows, stage.model, params, batches, folder, also)
     return training.fit(stage, params, loss(stage, len(rows.groups)), rows)
+
+
+def together(stage: common.StageRun) -> int:
+    """Rows of a batch of the reference: as many as a step holds at once; a plan that sets rows without pictures apart
+    counts by whole steps."""
+    trainer = stage.get(Trainer)
+    return trainer.rows // (1 if stage.get(Packing).text_batches else trainer.accumulate)
 
 
 def loss(stage: common.StageRun, groups: int) -> losses.Loss:

@@ -36,6 +36,24 @@ def check(run: StageRun) -> None:
             )
 
 
+def shape(run: StageRun) -> tuple[Packing, int]:
+    """How watched texts are packed, and how many rows of them are read together: as many as a step holds at once."""
+    own, trainer = run.get(Packing), run.get(Trainer)
+    packing = Packing(
+        row_tokens=run.get(Watch).row_tokens or own.row_tokens,
+        row_patches=own.row_patches,
+        too_long="split",
+        text_batches=own.row_patches > 0,  # texts without pictures need no arrays for them
+    )
+    return packing, trainer.rows // trainer.accumulate
+
+
+def scorer(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss], groups: int) -> Any:
+    """The jitted function `(trained, frozen, batch)` -> bits and bytes by group; a plan compiles it too."""
+    aim = aimed(losses.next_token(run.model, groups, losses.PLAIN, run.token_bytes_V))
+    return jax.jit(lambda trained, frozen, batch: aim(trained, frozen, batch, None).parts["bits_per_byte"])
+
+
 def watcher(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss]) -> Watcher | None:
     """What measures the texts of `Watch` in bits per byte; None where none are watched. `aimed` as `training.aimed`.
 
@@ -43,17 +61,10 @@ def watcher(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss]) -> Watch
     still known. Of conversations what the stage learns of them is measured, their answers. Where a vocabulary grows by
     parts all are cut by the whole of it, so that values compare.
     """
-    settings, trainer = run.get(Watch), run.get(Trainer)
+    settings = run.get(Watch)
     if not settings.texts:
         return None
-    own = run.get(Packing)
-    packing = Packing(
-        row_tokens=settings.row_tokens or own.row_tokens,
-        row_patches=own.row_patches,
-        too_long="split",
-        text_batches=own.row_patches > 0,  # texts without pictures need no arrays for them
-    )
-    together = trainer.rows // trainer.accumulate  # as many rows as a step holds at once
+    packing, together = shape(run)
     batches, groups = {}, {}
     for text in settings.texts:
         found = run.examples(text, "test", packing)
@@ -75,13 +86,7 @@ def watcher(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss]) -> Watch
         batches[text] = [batch for batch, _ in run.batches(rows, together)]
         groups[text] = len(rows.groups)
 
-    @functools.cache
-    def score(groups: int) -> Any:
-        def make() -> Any:
-            aim = aimed(losses.next_token(run.model, groups, losses.PLAIN, run.token_bytes_V))
-            return jax.jit(lambda trained, frozen, batch: aim(trained, frozen, batch, None).parts["bits_per_byte"])
-
-        return run.program("watch", make, groups)
+    score = functools.cache(lambda groups: run.program("watch", lambda: scorer(run, aimed, groups), groups))
 
     def measure(trained: Any, frozen: Any) -> dict[str, float]:
         found = {}

@@ -24,6 +24,11 @@ def params_fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def scorer(model: Any) -> Any:
+    """The jitted function `(params, batch)` -> log-probabilities (B, N, 2) of both answers; a plan compiles it too."""
+    return jax.jit(lambda params, batch: pair_log_probs(model, params, batch)[0])
+
+
 def with_reference(
     rows: Rows,
     model: Any,
@@ -46,7 +51,7 @@ def with_reference(
     if processes.of_first(path.is_file):
         with np.load(path) as stored:
             return dataclasses.replace(rows, reference_RN2=stored["reference_RN2"])
-    score = jax.jit(lambda p, batch: pair_log_probs(model, p, batch)[0])
+    score = scorer(model)
     parts = [processes.fetch(score(params, batch)) for batch, _ in batches(rows)]
     reference_RN2 = np.concatenate(parts)[: len(rows)]
     if odd := int(np.count_nonzero(~np.isfinite(reference_RN2))):
