@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 
 BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
+# From 64 chips on (libtpu 0.0.42; 16 chips gather) the TPU's compiler gathers by an all-reduce: each chip lays its part
+# into zeros and all are added up. It sends what an all-reduce sends, twice what a gather would.
+GATHER = "all-gather by all-reduce"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # Instructions that move nothing themselves.
 FREE = {
@@ -178,7 +181,10 @@ class Module:
             results = instruction.bytes() - (operands if instruction.opcode != kind and kind != "all-reduce" else 0)
             largest = max(operands, results)
             share = (size - 1) / size if size > 1 else 0.0
-            wire = operands if kind == "collective-permute" else largest * share * (2 if kind == "all-reduce" else 1)
+            if kind == "all-reduce" and self._gathers(name, instruction):
+                kind = GATHER
+            twice = kind in ("all-reduce", GATHER)
+            wire = operands if kind == "collective-permute" else largest * share * (2 if twice else 1)
             crosses = bool(chips_per_slice) and any(len({d // chips_per_slice for d in g}) > 1 for g in groups)
             before = found.get((kind, crosses), Collective(kind, between_slices=crosses))
             found[kind, crosses] = dataclasses.replace(
@@ -188,6 +194,22 @@ class Module:
                 wire=before.wire + count * wire,
             )
         return sorted(found.values(), key=lambda c: -c.wire)
+
+    def _gathers(self, name: str, instruction: Instruction) -> bool:
+        """Whether all that an all-reduce adds up are parts laid into zeros, each chip's at a place of its own."""
+        return bool(instruction.operands) and all(self._is_laid(name, operand) for operand in instruction.operands)
+
+    def _is_laid(self, name: str, operand: str) -> bool:
+        here = self.computations[name]
+        made = here.get(operand)
+        while made is not None and made.opcode in ("copy", "bitcast", "copy-start", "copy-done") and made.operands:
+            made = here.get(made.operands[0])
+        if made is not None and made.opcode == "fusion":
+            here = self.computations.get(made.calls[0], {})
+            made = next((i for i in here.values() if i.is_root), None)
+            while made is not None and made.opcode in ("copy", "bitcast") and made.operands:
+                made = here.get(made.operands[0])
+        return made is not None and made.opcode == "dynamic-update-slice"
 
     def hbm_bytes(self, multiplied: bool = True) -> float:
         """Bytes read from and written to HBM; with `multiplied` False each loop's body once, as the compiler counts.

@@ -53,6 +53,33 @@ def test_collectives_count_as_often_as_their_loop_runs():
     assert reduced.between_slices  # chips 0 and 32 are of two slices
 
 
+def test_collectives_that_share_a_channel_are_several():
+    """As `shard_map` writes them; inside fusions one that runs beside other work stands in each that carries it on."""
+    line = next(line for line in TEXT.splitlines(True) if "all-gather(" in line)
+    two = hlo.Module(TEXT.replace(line, line + line.replace("%whole", "%again"))).collectives()
+    assert two[0].count == 2 * 28 and two[0].wire == 2 * hlo.Module(TEXT).collectives()[0].wire
+    last = "  ROOT %copy = bf16[64,8]{1,0} copy(%last)"
+    part = "%taken = bf16[64,8]{1,0} all-gather(%last), channel_id=7, replica_groups={{0,1}}, dimensions={0}"
+    carried = (
+        f"\n%step.N (q: bf16[64,8]) -> bf16[64,8] {{\n  %last = bf16[64,8]{{1,0}} parameter(0)\n  ROOT {part}\n}}\n"
+    )
+    calls = "".join(f"  %f.{n} = bf16[64,8]{{1,0}} fusion(%last), kind=kCustom, calls=%step.{n}\n" for n in (1, 2))
+    both = "".join(carried.replace("step.N", f"step.{n}") for n in (1, 2))
+    found = hlo.Module(both + TEXT.replace(last, calls + last)).collectives()
+    assert sum(c.count for c in found if c.kind == "all-gather") == 28 + 1
+
+
+def test_a_sum_of_parts_laid_into_zeros_is_a_gather():
+    """As libtpu gathers over many chips; it sends twice what a gather would."""
+    laid = "  %zeros = bf16[64,8]{1,0} broadcast(%i), dimensions={}\n"
+    laid += "  %laid = bf16[64,8]{1,0} dynamic-update-slice(%zeros, %x, %i, %i)\n"
+    laid += "  %start = (bf16[64,8]{1,0}, bf16[64,8]{1,0}, u32[]) copy-start(%laid)\n"
+    laid += "  %done = bf16[64,8]{1,0} copy-done(%start)\n  %sum = "
+    found = hlo.Module(TEXT.replace("  %sum = ", laid).replace("all-reduce(%x)", "all-reduce(%done)")).collectives()
+    assert [c.kind for c in found] == ["all-gather", hlo.GATHER]
+    assert found[1].wire == hlo.Module(TEXT).collectives()[1].wire == found[1].bytes  # of 2 chips: 2 x 1 / 2
+
+
 def test_hbm_bytes():
     module, block = hlo.Module(TEXT), 64 * 8 * 2
     # a turn: a block read out of the stack, its number, the block written; 1 in and 8 out; 1 in and none out
