@@ -40,3 +40,6 @@ def test_sizes_and_steps(name, tmp_path, monkeypatch):
         assert parameter_count(run.config) == parameters
         assert compiler.steps_of(run) == count
         assert "no pack plan yet: rows are counted as full" in run.assumed
+        others = [program for program, _, _ in compiler.others(run)]
+        watched = ["watched texts"] if name.startswith("allam") else []
+        assert others == (["reference"] if stage == "prefer" else []) + watched
