@@ -14,7 +14,7 @@ from ain_jax import sharding
 from ain_jax.data.batch import Batch
 from ain_jax.models import lora, multimodal
 from ain_jax.models.config import ClipConfig, ModelConfig, tiny
-from ain_jax.train import losses, optimizer, state, step
+from ain_jax.train import losses, optimizer, rows, state, step
 from ain_jax.train.preferences import Preference, preference
 
 STEPS = 10
@@ -39,6 +39,7 @@ class Case:
     remat: str = "none"
     accumulate: int = 1
     param_dtype: Any = jnp.float32
+    new_rows: tuple[int, int] | None = None  # Optimizer.rows = "new": the first, and how many
     dtype: Any = jnp.float32
 
     def trained(self, mesh: jax.sharding.Mesh) -> tuple[Any, Any, losses.Loss]:
@@ -48,6 +49,12 @@ class Case:
         params = multimodal.init_params(self.config, jax.random.key(0), layout)
         model = multimodal.MultimodalModel(self.config, self.dtype, self.remat)
         loss = preference(model, 2, self.preference) if self.preference else losses.next_token(model, 2)
+        if self.new_rows:
+            first, count = self.new_rows
+            taken = rows.take(params, first, count)
+            places = sharding.layout(jax.tree.map(lambda _: ("vocab", "embed"), taken), taken, mesh)
+            aim = lambda learnt, base, *rest: loss(rows.put(base, learnt, first), {}, *rest)
+            return sharding.placed(taken, places), params, aim
         if (adapters := self.adapters) is None:
             return params, {}, loss
         drawn = lora.init(adapters, self.config, jax.random.key(1), params)
@@ -186,7 +193,7 @@ def _judged() -> Any:
 
 
 def cases() -> dict[str, Case]:
-    """By name: pictures, tiles, windows, pairs and adapters; and accumulation, bfloat16 and remat beside them."""
+    """By name: pictures, tiles, windows, pairs, adapters, new rows, Muon; and accumulation, bfloat16 and remat beside."""
     gemma = families.text("gemma3_text", windows=(8, 0), window_theta=50.0, layers=3, heads=8, kv_heads=2)
     tiles = families.llava("qwen2")
     tiles = dataclasses.replace(tiles, text=dataclasses.replace(tiles.text, layers=5))
@@ -202,6 +209,7 @@ def cases() -> dict[str, Case]:
         "pairs": Case(QWEN, _pictures(pairs=True), adam, Preference(beta=0.5, sft=1.0)),
         "judged and adapters": Case(QWEN, _judged(), slower, Preference("kto", beta=0.5), adapters=DORA),
         "adapters": Case(QWEN, _pictures(), slower, adapters=LORA),
+        "new rows": dataclasses.replace(pictures, settings=faster, new_rows=(32, 48)),
         "muon": dataclasses.replace(
             pictures,
             settings=dataclasses.replace(adam, matrix_rate=1e-2, rates={"visual": 0.5, "model/embed_tokens": 0.0}),

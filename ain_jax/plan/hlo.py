@@ -16,7 +16,7 @@ import numpy as np
 BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
 # Over all 64 chips of a slice the TPU's compiler (libtpu 0.0.42) gathers by an all-reduce: each chip lays its part into
 # zeros, and all are added up. It sends what an all-reduce sends, twice what a gather would. Over all of 8 and 16 chips,
-# and over 64 out of 512, it was seen to gather.
+# and over 64 out of 512, it was seen to gather what is large.
 GATHER = "all-gather by all-reduce"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # Instructions that move nothing themselves.
