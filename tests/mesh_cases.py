@@ -193,7 +193,7 @@ def _judged() -> Any:
 
 
 def cases() -> dict[str, Case]:
-    """By name: pictures, tiles, windows, pairs, adapters, new rows, Muon; and accumulation, bfloat16 and remat beside."""
+    """By name: pictures, tiles, windows, pairs, adapters, new rows, Muon; with accumulation, bfloat16 and remat."""
     gemma = families.text("gemma3_text", windows=(8, 0), window_theta=50.0, layers=3, heads=8, kv_heads=2)
     tiles = families.llava("qwen2")
     tiles = dataclasses.replace(tiles, text=dataclasses.replace(tiles.text, layers=5))
