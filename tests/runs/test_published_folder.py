@@ -260,6 +260,8 @@ def test_answers_are_watched_with_and_without_pictures(folders, seen, tmp_path):
         assert first[text] == pytest.approx(value, rel=1e-4)
         assert bool(len(examples.grids_M3)) == (text == "talks") and len(examples) > 2
     assert first["plain/ar"] != first["plain_ar"]
+    plans = {path.name for path in (tmp_path / "run" / "instruct").glob("watch_*")}
+    assert plans == {"watch_talks", "watch_plain%2Far", "watch_plain_ar"}
 
 
 def test_preferences_are_no_text_to_watch(folders, data, tmp_path, capsys):
