@@ -137,12 +137,13 @@ def go(begun, monkeypatch):
     return start
 
 
-def assert_watched(numbers, *stages):
-    """Both languages, before and after each stage that trains."""
+def assert_watched(numbers, *stages, still=()):
+    """Both languages, before and after each stage that trains; in some nothing that reads text learns."""
     assert {stage for stage in numbers if "watched" in numbers[stage]} == set(stages)
     for stage in stages:
         assert set(numbers[stage]["watched"]) == {"watch_ar", "watch_en"}
-        assert all(0 < after < 99 and before != after for before, after in numbers[stage]["watched"].values())
+        for before, after in numbers[stage]["watched"].values():
+            assert 0 < after < 99 and (before == after) == (stage in still)
 
 
 def test_ain(go):
@@ -186,6 +187,6 @@ def test_instar(go, name, opened):
 
 def test_pangea(go):
     numbers, model, tokenizer = go("pangea_7b", "LlavaNextForConditionalGeneration")
-    assert_watched(numbers, "projector", "instruct")
+    assert_watched(numbers, "projector", "instruct", still=("projector",))
     assert {f"loss/pangea/{language}" for language in data.NAMED_IN} <= set(numbers["instruct"]["last"])
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
