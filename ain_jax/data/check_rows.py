@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from ain_jax.data import check_faults, visuals
+from ain_jax.data import check_faults, drawn, visuals
 from ain_jax.data.check_faults import Fault
 from ain_jax.data.examples import Examples, PictureSettings
 from ain_jax.data.formats import Record
@@ -216,6 +216,7 @@ def shown(examples: Examples, example: int, spelled: Sequence[Spelling | None], 
     found = []
     for medium, grid in zip(visuals.in_order(record), grids, strict=False):
         data, form = (medium, "") if isinstance(medium, bytes) else (medium[0], f" video of {len(medium)} frames")
+        data = drawn.as_file(data)
         with Image.open(io.BytesIO(data)) as opened:
             found.append(Picture(opened.width, opened.height, f"{opened.format}{form}", grid, data))
     return Shown(record.id, examples.groups[int(examples.group_E[example])], tuple(sequences), tuple(found))

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
+from ain_jax.data import drawn
+
 IMAGE = "<image>"  # where a picture stands in a message; the next of the record's pictures takes the place
 VIDEO = "<video>"  # likewise for a video
 ROLES = ("system", "user", "assistant")
@@ -55,6 +57,11 @@ def open_picture(data: bytes, where: str) -> Image.Image:
     decoded. Of an animated file it is the first frame, as transformers takes it. Grey, palette and CMYK pictures are
     converted. Pictures of one channel with more than 8 bits are refused: conversion clips all above 255 to white.
     """
+    if drawn.is_drawing(data):
+        try:
+            return drawn.draw(data)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     if not data:
         raise ValueError(f"{where}: picture of 0 bytes; expected an encoded file such as PNG or JPEG")
     try:

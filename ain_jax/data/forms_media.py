@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import dataclasses
 import difflib
 import itertools
 import os
@@ -12,6 +13,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from etils import epath
 
+from ain_jax.data import drawn
 from ain_jax.data.files_text import is_remote, short
 from ain_jax.data.formats import open_picture, video_faults
 from ain_jax.data.forms_video import VIDEO_FILES, Sampling, frames, is_video
@@ -81,11 +83,26 @@ def _opened(
 ) -> tuple[bytes, tuple[int, int] | None]:
     """(bytes, width and height), or None for the size of one that is broken."""
     try:
+        if isinstance(ref, Mapping) and ref.get("draw") is not None:
+            return _drawn(ref, folder)
         data = _bytes(ref, folder, members)
         return data, open_picture(data, f"picture {_name(ref)}").size
     except ValueError as error:
         found.append(str(error))
         return b"", None
+
+
+def _drawn(ref: Mapping[str, Any], folder: str) -> tuple[bytes, tuple[int, int]]:
+    """(its words, width and height) of a drawing, whose files begin at `folder` and must be there. It is not drawn."""
+    try:
+        told = drawn.drawing({key: value for key, value in ref.items() if value is not None})
+        told = dataclasses.replace(told, **{name: _path(getattr(told, name), folder) for name in told.FILES})
+    except ValueError as error:
+        raise ValueError(f"drawing {short(dict(ref))}: {error}") from None
+    for path in (getattr(told, name) for name in told.FILES):
+        if not os.path.isfile(path):
+            raise ValueError(f"drawing: no file {path!r}{_near(path)}")
+    return drawn.encode(told), (told.width, told.height)
 
 
 def _bytes(ref: Any, folder: str, members: Mapping[str, bytes]) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ain_jax.data import drawn
 from ain_jax.data.formats import PICTURE_FORMATS
 from ain_jax.data.positions import Grid, feature_count
 
@@ -101,13 +102,15 @@ def share_pixels(settings: ImageSettings, frames: int, video_tokens: int = 128_0
 
 
 def open_image(image: Image.Image | bytes) -> Image.Image:
-    """The picture; an encoded one is opened, not yet decoded, so that its size costs little.
+    """The picture; an encoded one is opened, not yet decoded, so that its size costs little. A drawing is drawn.
 
     A camera's note that the picture is to be turned is not followed, as transformers' processors do not either (its
     `load_image` does, before them): turn with `PIL.ImageOps.exif_transpose` where records are written.
     """
     if isinstance(image, Image.Image):
         return image
+    if drawn.is_drawing(image):
+        return drawn.draw(image)
     try:
         return Image.open(io.BytesIO(image), formats=PICTURE_FORMATS)
     except (UnidentifiedImageError, OSError) as error:
@@ -115,6 +118,11 @@ def open_image(image: Image.Image | bytes) -> Image.Image:
             f"{len(image)} bytes beginning with {image[:8]!r} are no picture that Pillow reads; "
             f"expected PNG or JPEG: {error}"
         ) from error
+
+
+def image_size(image: Image.Image | bytes) -> tuple[int, int]:
+    """Width and height, with nothing decoded or drawn."""
+    return drawn.size(image) if isinstance(image, bytes) and drawn.is_drawing(image) else open_image(image).size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -152,9 +160,9 @@ def preprocess_frames(frames: Sequence[Image.Image | bytes], settings: ImageSett
     """
     if not frames:
         raise ValueError("a video without frames; expected one or more")
-    width, height = open_image(frames[0]).size
+    width, height = image_size(frames[0])
     for number, frame in enumerate(frames):
-        size = open_image(frame).size
+        size = image_size(frame)
         if size != (width, height):
             raise ValueError(
                 f"frame {number} of a video has {size[0]} x {size[1]} pixels and frame 0 has {width} x {height}; "

@@ -15,7 +15,7 @@ from matplotlib.ft2font import FT2Font, LoadFlags
 from PIL import Image
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 def _font(path: str) -> tuple[FT2Font, frozenset[int]]:
     if not Path(path).is_file():
         raise ValueError(f"font {path!r}: no such file; give the path of a .ttf or .otf file")
@@ -108,6 +108,30 @@ def text_picture(
     place = picture_HWC[top : top + rows, left : left + columns]
     place += cover_HW1 * (ink_C - place)
     return Image.fromarray(picture_HWC.round().astype(np.uint8))
+
+
+def plain_text_picture(text: str, font_path: str | Path, em: float, height: int, width: int) -> Image.Image:
+    """A line of black text on white, level, its ink in the middle; RGB. Smaller where it would stick out."""
+    ink_HW = draw_text(text, font_path, em)
+    for _ in range(4):
+        excess = max(ink_HW.shape[0] / (height - 2), ink_HW.shape[1] / (width - 2))
+        if excess <= 1:
+            break
+        em = em / excess * 0.99
+        ink_HW = draw_text(text, font_path, em)
+    rows, columns = ink_HW.shape
+    picture_HW = np.full((height, width), 255, np.uint8)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    picture_HW[top : top + rows, left : left + columns] -= ink_HW
+    return Image.fromarray(picture_HW).convert("RGB")
+
+
+def text_width(text: str, font_path: str | Path, em: float) -> float:
+    """Pixels that a level line of text takes, without drawing it."""
+    font, _ = _font(str(font_path))
+    font.set_size(em, 72)
+    font.set_text(text, 0.0, flags=LoadFlags.NO_HINTING)
+    return font.get_width_height()[0] / 64  # it counts in 64ths of a pixel
 
 
 def object_picture(

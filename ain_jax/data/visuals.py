@@ -77,7 +77,7 @@ def _measured(medium: bytes | tuple[bytes, ...], settings: PictureSettings | Non
 def _size(picture: bytes) -> tuple[int, int]:
     """Width and height, from the head of the file."""
     try:
-        return images.open_image(picture).size
+        return images.image_size(picture)
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f": a picture of {len(picture)} bytes cannot be read ({error})") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from ain_jax.data import drawn
 from ain_jax.data.formats import Record
 from ain_jax.data.packing import Packing
 from ain_jax.evaluate import likelihood, ngram, scores
@@ -164,6 +165,7 @@ def _show(
 
 def _picture(folder: Path, stem: str, picture: bytes) -> str:
     """The name of the file that a picture lies in; the first model that is asked about it writes it."""
+    picture = drawn.as_file(picture)
     path = folder / (stem + (".png" if picture.startswith(PNG) else ".jpg"))
     if processes.is_first() and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
