@@ -120,7 +120,7 @@ class Sizes:
 
     lines: int = 120_000
     test_lines: int = 250  # each in every test font, twice
-    misread: int = 8_000  # lines that Tesseract is asked to read
+    misread: int = 5_000  # lines that Tesseract is asked to read
     test_emoji: int = 500
     test_stamps: int = 150
     test_maps: int = 400  # questions on maps that were trained on, in other colours
@@ -174,10 +174,10 @@ def make(folder: Path, get: Get, sizes: Sizes = Sizes(), say: Callable[[str], ob
         kit.left_out |= found.left_out
         text(kit, found)
         translate(kit, found)
-        reading(kit, found)
         naming(kit)
         maps(kit)
         countries(kit)
+        reading(kit, found)
         _manifest(kit, found.dropped)
         if folder.exists():
             shutil.rmtree(folder)

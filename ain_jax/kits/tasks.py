@@ -65,14 +65,14 @@ class Fonts:
     folder: Path
     names: tuple[str, ...]
 
-    def covering(self, text: str) -> list[str]:
-        """The fonts that have every character; KACST's draw the digits 0 to 9 as those of Arabic."""
+    def covers(self, name: str, text: str) -> bool:
+        """Whether a font has every character; KACST's draw the digits 0 to 9 as those of Arabic."""
         latin = any(c.isascii() and c.isdigit() for c in text)
-        return [
-            name
-            for name in self.names
-            if not render.missing_characters(text, self.folder / "fonts" / name) and not (latin and "Kacst" in name)
-        ]
+        return not (latin and "Kacst" in name) and not render.missing_characters(text, self.folder / "fonts" / name)
+
+    def drawn(self, text: str, rng: np.random.Generator) -> str:
+        """A font that has every character, "" if none has."""
+        return next((name for i in rng.permutation(len(self.names)) if self.covers(name := self.names[i], text)), "")
 
 
 def line_texts(rows: Iterable[Row], seed: int) -> Iterator[tuple[str, str]]:
@@ -105,12 +105,12 @@ def reading(found: Iterable[tuple[str, str]], fonts: Fonts, seed: int, count: in
     seen: set[str] = set()
     for name, text in found:
         rng = generator(seed, f"read/{name}")
-        covering = fonts.covering(text) if text not in seen else []
-        if not covering:
+        font = fonts.drawn(text, rng) if text not in seen else ""
+        if not font:
             continue
         picture = line(
             text,
-            pick(covering, rng),
+            font,
             float(rng.uniform(*EM)),
             0 if rng.random() < PLAIN_SHARE else drawn_seed(rng),
             fonts.folder,
@@ -133,8 +133,10 @@ def reading_test(
     for name, text in found:
         rng = generator(seed, f"read test/{name}")
         em = float(rng.uniform(*EM))
+        if not all(fonts.covers(face, text) for face in faces):
+            continue
         drawn = [line(text, face, em, s, fonts.folder) for face in faces for s in (0, drawn_seed(rng))]
-        if not all(face in fonts.covering(text) for face in faces) or not all(drawn):
+        if not all(drawn):
             continue
         for picture in filter(None, drawn):
             kind = "paper" if picture["seed"] else "plain"
