@@ -104,6 +104,7 @@ LICENCES = {  # of what is inside, as far as the packages tell; see each package
     "ODbL-1.0": ("world-countries",),
 }  # fmt: skip
 SEED = 0
+LANGUAGES = ("ar", *texts.DIALECTS, "en")
 UI = ("chromium", "programs", "mediawiki")  # sources of short strings, joined to running text
 HELD_TEXT = {  # file -> (source, which side)
     "handbook_ar": ("handbook", "text"), "handbook_en": ("handbook", "other"), "tafsir_ar": ("tafsir", "text"),
@@ -160,8 +161,9 @@ class Kit:
 
 def spoken(row: dict[str, Any]) -> Iterator[str]:
     """The texts of a row that a model reads or learns."""
-    yield from (row[key] for key in ("text", "ar", "arz", "ary", "arq", "en", "prompt", "chosen") if key in row)
+    yield from (row[key] for key in (*LANGUAGES, "text", "prompt", "chosen", "question") if key in row)
     yield from (turn["content"] for turn in row.get("messages", ()))
+    yield from row.get("choices", ())
 
 
 def make(folder: Path, get: Get, sizes: Sizes = Sizes(), say: Callable[[str], object] = print) -> Kit:
@@ -197,7 +199,7 @@ def text(kit: Kit, found: split.Texts) -> None:
         for language in ("ar", "en"):
             sides = ((row.id, row.text if row.language == language else row.other) for row in rows)
             kit.write(f"train/text/{source}_{language}", _texts(language, sides))
-        kit.write(f"train/text/{source}_marked_ar", _texts("ar", ((row.id, row.marked) for row in rows)))
+        kit.write(f"train/text/{source}_marked_ar", _texts("ar", ((f"{row.id}/marked", row.marked) for row in rows)))
     strings = [row for source in UI for row in by_source[source]]
     for language in ("ar", *texts.DIALECTS):
         lines = dict.fromkeys(row.text for row in strings if row.language == language)

@@ -121,7 +121,10 @@ def stamps(get: Get, out: Path) -> list[Named]:
             continue
         key = name.partition("/stamps/")[2].rpartition(".")[0]
         place = f"stamps/{key.replace('/', '-')}.png"
-        _write(out / place, _small(svg(data, STAMP_SIDE) if path.suffix == ".svg" else data, STAMP_SIDE))
+        try:
+            _write(out / place, _small(svg(data, STAMP_SIDE) if path.suffix == ".svg" else data, STAMP_SIDE))
+        except ValueError:  # a drawing that says no size
+            continue
         rows.append(Named(f"stamps/{key}", place, arabic, english.strip(".")))
     return rows
 
