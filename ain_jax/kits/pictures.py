@@ -82,7 +82,7 @@ def emoji_names(get: Get) -> dict[str, tuple[str, str]]:
             tables.append(json.loads(data)[folder]["annotations"])
     names = {}
     for ar, en in (tables[:2], tables[2:]):
-        for mark in ar.keys() & en.keys():
+        for mark in sorted(ar.keys() & en.keys()):
             codes = [f"{ord(c):x}" for c in mark if c != "\ufe0f"]
             toned = any(0x1F3FB <= ord(c) <= 0x1F3FF for c in mark)
             flag = any(0x1F1E6 <= ord(c) <= 0x1F1FF for c in mark)

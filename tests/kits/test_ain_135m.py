@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,13 +129,21 @@ def test_what_cannot_be_had_is_said_in_one_line_and_the_rest_is_made(kit):
 
 
 def test_the_same_packages_give_the_same_bytes(kit, tmp_path):
-    again = ain_135m.make(tmp_path / "again", tiny_packages.getter(tiny_packages.packages()), SIZES, lambda line: None)
-    files = lambda folder: {p.relative_to(folder): sha256(p) for p in folder.rglob("*") if p.is_file()}
-    assert files(again.folder) == files(kit[0].folder)
-    manifest = json.loads((again.folder / "manifest.json").read_text())
-    assert {name: told["sha256"] for name, told in manifest["files"].items()} == {
-        name.as_posix(): digest for name, digest in files(again.folder).items() if name.name != "manifest.json"
-    }
+    again = (
+        "import sys, pathlib, tiny_packages; from ain_jax.kits import ain_135m; "
+        "get = tiny_packages.getter(tiny_packages.packages()); "
+        f"ain_135m.make(pathlib.Path(sys.argv[1]), get, ain_135m.{SIZES}, print)"
+    )
+    # In another process sets of words have another order.
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    seeded = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", again, tmp_path / "again"], env=seeded, check=True, capture_output=True)
+    files = lambda folder: {p.relative_to(folder).as_posix(): sha256(p) for p in folder.rglob("*") if p.is_file()}
+    first = files(kit[0].folder)
+    assert files(tmp_path / "again") == first
+    manifest = json.loads((kit[0].folder / "manifest.json").read_text())
+    del first["manifest.json"]
+    assert {name: told["sha256"] for name, told in manifest["files"].items()} == first
     assert "together" in "\n".join(ain_135m.table(manifest))
 
 
