@@ -19,6 +19,7 @@ it. The same packages give the same bytes. SVG is drawn by `pip install resvg-py
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -237,8 +238,11 @@ def reading(kit: Kit, found: split.Texts) -> None:
             kit.attempt(f"fonts/{package}", lambda package=package: pictures.fonts(kit.get, kit.folder, package)) or []
         )
     learnt = tasks.Fonts(kit.folder, tuple(sorted(n for n in names if not pictures.HELD_OUT_FONTS.match(n))))
-    sources = ("tafsir", "handbook", "hadith", "quran")
-    mixed = _in_turn([[row for row in found.train if row.source == source] for source in sources])
+    sources = ("tafsir", "handbook", "quran", "hadith")
+    # All of the small ones first, then as much of hadith, of which there is most, as makes up the number.
+    by_source = [[row for row in found.train if row.source == source] for source in sources]
+    order = pictures.generator(SEED, "lines").permutation(len(by_source[-1]))
+    mixed = [*itertools.chain.from_iterable(by_source[:-1]), *(by_source[-1][i] for i in order)]
     lines = kit.write(
         "train/tasks/read", tasks.reading(tasks.line_texts(mixed, SEED), learnt, SEED, kit.sizes.lines)
     ) if learnt.names else []  # fmt: skip
