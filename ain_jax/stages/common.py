@@ -410,8 +410,6 @@ class StageRun:
 
     def _records(self, kind: str, split: str) -> tuple[Records, str]:
         sources = self.get(Sources)
-        if kind in sources.files and kind in KINDS:
-            raise ValueError(f"Sources.files names {kind!r}, as the sample does: give it another name")
         if kind in sources.files:
             built = processes.first(lambda: file_builder.build(kind, sources, self.data))
             return file_builder.records(built, split), Path(built.data_dir).parent.name

@@ -235,7 +235,7 @@ def test_a_killed_worker_is_told_and_workers_import_no_jax():
 def test_settings_tell_all_that_is_wrong_at_once():
     with pytest.raises(ValueError) as error:
         Sources(
-            files={"pangea": "x.json", "a/b": "y.json"},
+            files={"pangea": "x.json", "a/b": "y.json", "read": "z.json"},
             forms={"pangea": "llavva", "pangaea": "text"},
             held_out={"pangea": 1.5},
             bad_share=-1,
@@ -243,6 +243,7 @@ def test_settings_tell_all_that_is_wrong_at_once():
         )
     for part in (
         "files names 'a/b': expected a plain word",
+        "files names 'read', as the sample does",
         "forms names 'pangaea', which files does not hold: did you mean 'pangea'?",
         "no such form; did you mean 'llava'?",
         "held_out['pangea'] = 1.5",

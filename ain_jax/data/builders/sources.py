@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from ain_jax.data import filters, forms
+from ain_jax.data.builders.sample_records import KINDS
 from ain_jax.data.filters import Filters
 from ain_jax.data.forms_video import Sampling
 from ain_jax.data.languages import CODES, language_code
@@ -41,6 +42,8 @@ class Sources:
         for name, path in self.files.items():
             if not name or name != Path(name).name or name.startswith(".") or name.endswith(".jsonl") or "@" in name:
                 found.append(f"files names {name!r}: expected a plain word, without '/', '@' or '.jsonl'")
+            if name in KINDS:
+                found.append(f"files names {name!r}, as the sample does: give it another name")
             if not isinstance(path, str) or not path:
                 found.append(f"files[{name!r}] = {path!r}: expected a path, a pattern or a folder")
         for setting in NAMED:
