@@ -8,7 +8,7 @@ its own.
 """
 
 import argparse
-import dataclasses
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -384,41 +384,40 @@ class Speaker:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the model's answer to a question, perhaps about pictures, as it comes."""
-    from ain_jax.tokenizer.chat import encode_prompt, load_tokenizer
-    from ain_jax.weights.load import load_folder, load_image_settings
+    """Prints the model's answer to a question, perhaps about pictures, as it comes; or asks the same of every picture
+    of a folder, and prints a line of JSON for each."""
+    from ain_jax.ask import Answering
 
     parser = argparse.ArgumentParser(prog="python -m ain_jax.generate", description=main.__doc__)
     parser.add_argument("text", help="what the user says; a model without a chat template goes on from it")
     parser.add_argument("--model", required=True, type=Path, help="a folder as ain_jax or transformers saves it")
-    parser.add_argument("--image", action="append", default=[], type=Path, help="a picture; may be given several times")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--image", action="append", default=[], type=Path, help="a picture; may be given several times")
+    shown.add_argument("--folder", type=Path, help="ask about every picture below it; a line of JSON for each")
+    parser.add_argument("--rows", type=int, help="with --folder: so many pictures at a time (8)")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], help="a string that ends the answer; may be repeated")
     given = parser.parse_args(arguments)
+    if given.rows is not None and (given.rows < 1 or not given.folder):
+        parser.error(f"--rows {given.rows}: expected 1 or more, and --folder beside it")
     try:
-        params, config = load_folder(given.model)
-        tokenizer = load_tokenizer(given.model)
-        pictures = [path.read_bytes() for path in given.image]
-        if pictures and config.vision is None:
-            raise ValueError(f"{given.model} is a {config.family} without an image encoder: leave --image out")
-        settings = load_image_settings(given.model, config) if pictures else None
-        prompt = prompt_with_images([], pictures, settings) if settings else Prompt([])
-        counts = placeholder_counts(prompt, settings.merge_size) if settings else []
-        if tokenizer.chat_template or pictures:
-            message = {"role": "user", "content": "<image>" * len(counts) + given.text}
-            ids = encode_prompt(tokenizer, [message], counts)
-        else:
-            ids = tokenizer(given.text)["input_ids"]
-        prompt = dataclasses.replace(prompt, tokens_L=ids)
-        speaker = Speaker(tokenizer, given.stop, lambda _, text: print(text, end="", flush=True))
         sampling = {"temperature": given.temperature, "seed": given.seed}
-        (new,) = generate(params, config, [prompt], given.max_new_tokens, config.stop_ids, watch=speaker, **sampling)
-        speaker.finish(0, new)
+        how = {"max_new_tokens": given.max_new_tokens, "stop": given.stop, "sampling": sampling}
+        model, faults = Answering.load(given.model, **how), 0
+        if given.folder:
+            for line in model.of_folder(given.text, given.folder, given.rows or 8):
+                faults += "fault" in line
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+        else:
+            prompt = model.prompt(given.text, [path.read_bytes() for path in given.image])
+            model.answers([prompt], tell=lambda _, text: print(text, end="", flush=True))
+            print()
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
-    print()
+    if faults:
+        parser.exit(1, f'{faults} of what looked like pictures could not be read: their lines hold a "fault"\n')
 
 
 if __name__ == "__main__":

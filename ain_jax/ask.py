@@ -1,0 +1,104 @@
+"""A model's folder, and questions to it in words: about some pictures, or the same one about every picture of a folder.
+
+python -m ain_jax.generate --model FOLDER --image page.png "اقرأ النص"
+python -m ain_jax.generate --model FOLDER --folder lines "اقرأ النص" > answers.jsonl
+
+{"image": "lines/001.png", "text": "السلام عليكم"}
+{"image": "lines/002.png", "fault": "lines/002.png: picture of 0 bytes; expected an encoded file such as PNG or JPEG"}
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ain_jax.data.formats import open_picture
+from ain_jax.generate import Prompt, Speaker, generate, placeholder_counts, prompt_with_images
+from ain_jax.models.config import ModelConfig
+from ain_jax.tokenizer.chat import encode_prompt, load_tokenizer
+from ain_jax.weights.load import load_folder, load_image_settings
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")  # names that may be pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """A model that answers, and how: `sampling` is what `generate` takes by name, stop strings beside it."""
+
+    params: Any
+    config: ModelConfig
+    tokenizer: Any
+    settings: Any  # how pictures are cut to patches; None where it sees none
+    max_new_tokens: int = 128
+    stop: Sequence[str] = ()
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path, **how: Any) -> "Answering":
+        """The model of a folder as ain_jax or transformers saves it. ValueError: it is none."""
+        params, config = load_folder(folder)
+        settings = load_image_settings(folder, config) if config.vision is not None else None
+        return cls(params, config, load_tokenizer(folder), settings, **how)
+
+    def prompt(self, text: str, pictures: Sequence[bytes] = ()) -> Prompt:
+        """What is decoded from; a model without a chat template goes on from the text itself."""
+        if pictures and self.settings is None:
+            raise ValueError(
+                f"the model is a {self.config.family} without an image encoder: it can be shown no picture"
+            )
+        if not pictures:
+            chat = self.tokenizer.chat_template
+            ids = encode_prompt(self.tokenizer, [_said(text)]) if chat else self.tokenizer(text)["input_ids"]
+            return Prompt(ids)
+        prompt = prompt_with_images([], pictures, self.settings)
+        counts = placeholder_counts(prompt, self.settings.merge_size)
+        ids = encode_prompt(self.tokenizer, [_said("<image>" * len(counts) + text)], counts)
+        return dataclasses.replace(prompt, tokens_L=ids)
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        rows: int = 64,
+        tell: Callable[[int, str], None] | None = None,
+        before: int = 0,
+    ) -> list[str]:
+        """The answer to each; `tell(prompt, text)` is given what is new of it as it comes.
+
+        `before` prompts were answered by other calls: what is drawn by chance is drawn otherwise behind them.
+        """
+        speaker = Speaker(self.tokenizer, self.stop, tell)
+        watch = speaker if tell or self.stop else None
+        stops = self.config.stop_ids
+        how = {**self.sampling, "seed": self.sampling.get("seed", 0) + before}
+        found = generate(self.params, self.config, prompts, self.max_new_tokens, stops, rows=rows, watch=watch, **how)
+        return [speaker.finish(number, ids) for number, ids in enumerate(found)]
+
+    def of_folder(self, text: str, folder: Path, rows: int = 8) -> Iterator[dict[str, str]]:
+        """The answer about each picture below a folder, in the order of their names, `rows` at a time.
+
+        What cannot be read as a picture comes with its fault, and the others go on.
+        """
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+        if not paths:
+            raise ValueError(f"{folder} holds no picture; expected files that end in {', '.join(PICTURES)}")
+        if self.settings is None:
+            self.prompt(text, [b""])  # refuses
+        for start in range(0, len(paths), rows):
+            prompts: dict[Path, Prompt] = {}
+            faults: dict[Path, str] = {}
+            for path in paths[start : start + rows]:
+                try:
+                    data = path.read_bytes()
+                    open_picture(data, str(path))
+                    prompts[path] = self.prompt(text, [data])
+                except (ValueError, OSError) as error:
+                    faults[path] = str(error)
+            said = self.answers(list(prompts.values()), rows, before=start) if prompts else ()
+            answers = dict(zip(prompts, said, strict=True))
+            for path in paths[start : start + rows]:
+                told = {"text": answers[path]} if path in answers else {"fault": faults[path]}
+                yield {"image": str(path), **told}
+
+
+def _said(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
