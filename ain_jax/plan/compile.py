@@ -172,20 +172,31 @@ def others(run: PlannedRun) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """
     packing = run.get(Packing)
     if packing.text_batches:
-        without = dataclasses.replace(packing, row_patches=0, text_batches=False)
-        yield "step, rows without pictures", lambda: trace(run, batch=run.batch(packing=without))[0], 0
+        batch = run.batch(packing=_without_pictures(packing))
+        yield "step, rows without pictures", functools.partial(_traced_step, run, batch), 0
     if prefer.answers(run) != "one" and run.get(Preference).needs_reference:
         batch = run.batch(prefer.together(run), reference=False)
-        yield "reference", lambda: _traced(run, reference.scorer(run.model), run.layout(), batch), 0
+        yield "reference", functools.partial(_traced, run, reference.scorer(run.model), run.layout(), batch), 0
     if run.get(Watch).texts:
         packing, rows = watching.shape(run)
-        batch = run.batch(rows, packing, "one")
+        shapes = {"watched texts": packing}
+        if packing.text_batches:
+            shapes["watched texts without pictures"] = _without_pictures(packing)
         # Made before the mesh is set, as the loss of a step.
         score = watching.scorer(run, functools.partial(training.aimed, run), 1)
         loss = registry.LOSS[run.resolved.experiment.kind(run.stage)](run, 1)
         made = training.make_step(run, loss, 1)
-        read = lambda: _traced(run, score, made.state.params, made.frozen, batch)
-        yield "watched texts", read, _bytes(made.state.opt_state)
+        for name, own in shapes.items():
+            arguments = (made.state.params, made.frozen, run.batch(rows, own, "one"))
+            yield name, functools.partial(_traced, run, score, *arguments), _bytes(made.state.opt_state)
+
+
+def _traced_step(run: PlannedRun, batch: Any) -> Any:
+    return trace(run, batch=batch)[0]
+
+
+def _without_pictures(packing: Packing) -> Packing:
+    return dataclasses.replace(packing, row_patches=0, text_batches=False)
 
 
 def _traced(run: PlannedRun, function: Any, *arguments: Any) -> Any:

@@ -41,5 +41,5 @@ def test_sizes_and_steps(name, tmp_path, monkeypatch):
         assert compiler.steps_of(run) == count
         assert "no pack plan yet: rows are counted as full" in run.assumed
         others = [program for program, _, _ in compiler.others(run)]
-        watched = ["watched texts"] if name.startswith("allam") else []
+        watched = ["watched texts"] + ["watched texts without pictures"] * (run.config.vision is not None)
         assert others == (["reference"] if stage == "prefer" else []) + watched

@@ -31,9 +31,9 @@ Trainer.rows = 2
 Trainer.accumulate = {accumulate}
 Packing.text_batches = {text_batches}
 Watch.texts = {watched}
-Sources.held_out = {{"plain": 0.5}}
+Sources.held_out = {{"plain": 0.5, "shown": 0.5}}
 Sources.files = {{
-    "plain": "{folder}/plain.jsonl",
+    "plain": "{folder}/plain.jsonl", "shown": "{folder}/shown.jsonl",
     "talks": "{folder}/talks.jsonl", "pairs": "{folder}/pairs.jsonl", "verdicts": "{folder}/verdicts.jsonl"
 }}
 Sources.workers = 1
@@ -65,7 +65,8 @@ def folder(tokenizer, tokenizer_folder, tmp_path_factory):
     pairs = [{"messages": talk(f"كم {n}؟", f"هذه {n}"), "rejected": "لا"} for n in range(8)]
     verdicts = [{"messages": talk(f"كم {n}؟", f"هذه {n}"), "label": n % 2 == 0} for n in range(8)]
     plain = [{"text": f"هذه {n}"} for n in range(8)]
-    for name, lines in (("plain", plain), ("talks", talks), ("pairs", pairs), ("verdicts", verdicts)):
+    shown = [{"messages": talk(f"<image>كم {n}؟", "أحمر"), "images": ["red.png"]} for n in range(8)]
+    for name, lines in (("plain", plain), ("shown", shown), ("talks", talks), ("pairs", pairs), ("verdicts", verdicts)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return root
 
@@ -97,7 +98,9 @@ def lowered(
             function = make(*given)
 
             def call(*arguments):
-                found.setdefault(program, function.lower(*arguments).as_text())
+                seen = program == "reference" or arguments[-1].patches_BPK is not None
+                name = program if seen else f"{program} without pictures"
+                found.setdefault(name, function.lower(*arguments).as_text())
                 return function(*arguments)
 
             return call
@@ -137,13 +140,13 @@ def lowered(
         ("prefer", {"rates": '{"visual": 0.0}'}),
         ("prefer", {"loss": "orpo"}),
         ("prefer", {"loss": "kto"}),
-        ("instruct", {"apart": True, "watched": '("plain",)', "rank": 2}),
+        ("instruct", {"apart": True, "watched": '("plain", "shown")', "rank": 2}),
     ],
 )
 def test_lowers_what_the_loop_runs(folder, tmp_path, monkeypatch, stage, more):
     texts = lowered(folder, tmp_path, monkeypatch, stage, **more)
     others = {"reference": stage == "prefer" and more.get("loss") != "orpo", "watched texts": "watched" in more}
-    others |= {"step, rows without pictures": "apart" in more}
+    others |= dict.fromkeys(("step, rows without pictures", "watched texts without pictures"), "apart" in more)
     assert texts.keys() == {"step", *(name for name, there in others.items() if there)}
     for name, (loop, plan) in texts.items():
         assert len(loop) > 50_000, name
