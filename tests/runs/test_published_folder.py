@@ -332,10 +332,6 @@ def test_it_begins_with_the_loss_of_the_folder(folders, data, tmp_path):
         ),
         ('Watch.texts = ("pairs",)', "names 'pairs', of which nothing is held out: set Sources.held_out = {'pairs': "),
         ('Watch.texts = ("plian",)', "names 'plian', which is no source: did you mean 'plain'?"),
-        (
-            'Sources.held_out = {"talks": 0.3}\nWatch.texts = ("talks",)',
-            "instruct/Watch.texts names 'talks', which is not plain text: take it out",
-        ),
         ("export/Export.merge_lora = True", "trains the whole weights, no adapters; leave it out"),
         ('export/Export.stage = "instruc"', "stage 'instruc' trains no weights: expected one of instruct"),
     ],
