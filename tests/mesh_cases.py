@@ -209,7 +209,9 @@ def cases() -> dict[str, Case]:
         "pairs": Case(QWEN, _pictures(pairs=True), adam, Preference(beta=0.5, sft=1.0)),
         "judged and adapters": Case(QWEN, _judged(), slower, Preference("kto", beta=0.5), adapters=DORA),
         "adapters": Case(QWEN, _pictures(), slower, adapters=LORA),
-        "new rows": dataclasses.replace(pictures, settings=faster, new_rows=(32, 48)),
+        "new rows": dataclasses.replace(
+            pictures, settings=dataclasses.replace(faster, learning_rate=6e-2), new_rows=(8, 72)
+        ),
         "muon": dataclasses.replace(
             pictures,
             settings=dataclasses.replace(adam, matrix_rate=1e-2, rates={"visual": 0.5, "model/embed_tokens": 0.0}),
