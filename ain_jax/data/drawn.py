@@ -10,6 +10,7 @@ ones begin at the folder of the row's file, or at `Sources.images`. A `seed` of 
 in the middle; any other one draws ground, colour, place and turn from it.
 """
 
+import abc
 import dataclasses
 import io
 import json
@@ -32,7 +33,7 @@ MARKS = ((220, 40, 40), (30, 110, 210), (20, 150, 70), (225, 120, 0), (130, 50, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class Drawing(abc.ABC):
     width: int
     height: int
     seed: int = 0
@@ -45,8 +46,9 @@ class Drawing:
         if self.seed < 0:
             raise ValueError(f"seed = {self.seed}: expected 0 or more")
 
+    @abc.abstractmethod
     def image(self) -> Image.Image:
-        raise NotImplementedError
+        """The picture, RGB."""
 
 
 @dataclass(frozen=True, kw_only=True)
