@@ -18,6 +18,7 @@ from ain_jax.tokenizer.base import byte_of, character_of
 from ain_jax.tokenizer.folder import SPACE
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte that is part of no piece
+TEXTS_A_PART = 16  # texts from which one part is taken, so that long texts are met as often as they have parts
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,23 @@ class Aligned:
 
 
 def align(
-    old: tokenizers.Tokenizer, new: tokenizers.Tokenizer, texts: Sequence[str], first_token: int, longest: int
+    old: tokenizers.Tokenizer,
+    new: tokenizers.Tokenizer,
+    texts: Sequence[str],
+    first_token: int,
+    longest: int,
+    most: int | None = None,
 ) -> Aligned:
     """The texts, in parts of whole words that either tokenizer cuts into fewer than `longest` tokens.
 
-    A single word that is longer is left out. Raises ValueError where no text is left.
+    A single word that is longer is left out. Of a large corpus `most` parts are taken evenly; only the texts that they
+    are taken from are cut. Raises ValueError where no text is left.
     """
+    texts = texts if most is None else [texts[i] for i in _evenly(len(texts), TEXTS_A_PART * most)]
     parts = [part for text in texts for part in _parts(old, new, text, longest - 1)]
     encoded = [_encode(tokenizer, parts) for tokenizer in (old, new)]
     short = [i for i in range(len(parts)) if all(0 < len(side[i].ids) < longest for side in encoded)]
+    short = short if most is None else [short[i] for i in _evenly(len(short), most)]
     if not short:
         raise ValueError(
             f"{len(texts)} texts, none with a word of fewer than {longest} tokens; give text, or a larger row"
@@ -159,6 +168,14 @@ def align(
         bytes_N=np.array([len(parts[i].encode()) for i in short], np.int64),
         **arrays,
     )
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of the numbers below `count`, first and last among them.
+
+    _evenly(9, 3): 0, 4, 8
+    """
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)) if count else np.zeros(0, int)
 
 
 def _parts(old: tokenizers.Tokenizer, new: tokenizers.Tokenizer, text: str, longest: int) -> list[str]:

@@ -63,8 +63,7 @@ def lower(
     assert settings.rise is not None, "nothing to lower"
     if not kept:
         raise ValueError(f"lowered.rise = {settings.rise}, but no text in the languages known before; expected some")
-    parts = align(tokenizer, tokenizer, kept, first_token, settings.tokens)
-    chosen = parts[np.unique(np.linspace(0, len(parts) - 1, min(settings.texts, len(parts))).astype(int))]
+    chosen = align(tokenizer, tokenizer, kept, first_token, settings.tokens, settings.texts)
     hidden_TD, targets_T = text_states(config, params, chosen.new_tokens_NM, chosen.new_lengths_N)
     hidden_TD, targets_T = hidden_TD[targets_T < first], targets_T[targets_T < first]
     flat = dict(flatten_dict(dict(params)))

@@ -112,11 +112,7 @@ def cut_alike(
     parts: int = 64,
 ) -> dict[str, Aligned]:
     """By language, at most `parts` parts of its texts, taken evenly, of which neither tokenizer makes `tokens`."""
-    chosen = {}
-    for language, some in texts.items():
-        found = align(old, new, some, first_token, tokens)
-        chosen[language] = found[np.unique(np.linspace(0, len(found) - 1, min(parts, len(found))).astype(int))]
-    return chosen
+    return {language: align(old, new, some, first_token, tokens, parts) for language, some in texts.items()}
 
 
 def compare_rows(old_VD: np.ndarray, new_ND: np.ndarray) -> TableReport:

@@ -104,3 +104,21 @@ def test_no_text_is_refused(vocabulary):
     for texts in ([], ["  "], ["الحرية" * 20]):
         with pytest.raises(ValueError, match="none with a word of fewer than 12 tokens"):
             align(vocabulary.old, vocabulary.new, texts, 0, 12)
+
+
+def test_of_a_large_corpus_a_few_parts_are_taken_evenly(vocabulary):
+    texts = ["the cat"] + ["cat"] * 9_998 + ["the cat the"]
+    read = []
+
+    class Corpus(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+        def __iter__(self):
+            raise AssertionError("the whole corpus is cut")
+
+    pairs = align(vocabulary.old, vocabulary.new, Corpus(texts), 0, 16, most=5)
+    assert pairs.words_N.tolist() == [2, 1, 1, 1, 3]
+    assert len(read) == 80 and (read[0], read[-1]) == (0, 9_999)
+    assert len(align(vocabulary.old, vocabulary.new, texts[:3], 0, 16, most=5)) == 3
