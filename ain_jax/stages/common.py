@@ -420,6 +420,11 @@ class StageRun:
         builder = processes.first(lambda: sample_builder.build(kind, self.data, params))
         return sample_builder.records(builder, split), sample_builder.fingerprint(params)
 
+    def at_most(self, kind: str, split: str, records: Any) -> Any:
+        """The records of the source, or of a part of it, that `Sources.most` leaves, taken evenly."""
+        most = self.get(Sources).most.get(kind, len(records)) if split == "train" else len(records)
+        return records if most >= len(records) else records.take(np.linspace(0, len(records) - 1, most).astype(int))
+
     def examples(
         self, name: str, split: str = "train", packing: Packing | None = None, part: int | None = None
     ) -> Examples:
@@ -441,7 +446,9 @@ class StageRun:
                 records = whole.select(label)
         except ValueError as error:
             raise ValueError(f"source {name!r}: {error}") from None
-        tokenizer, mark = self.tokenizer, "/".join((mark, split, name))
+        tokenizer, mark, all_of_it = self.tokenizer, "/".join((mark, split, name)), len(records)
+        records = self.at_most(kind, split, records)
+        mark += "" if len(records) == all_of_it else f" {len(records)} of {all_of_it}"
         if part is not None:
             tokenizer, parts = self.part_tokenizers[part], len(self.part_tokenizers)
             records = records.take(range(part, len(records), parts))

@@ -101,6 +101,7 @@ def test_a_source_leaves_out_and_does_not_call_it_bad(tmp_path, workers):
         ({"answers_in": {"a": "arabix"}}, "answers_in\\['a'\\] = 'arabix': no language of that code; did you mean"),
         ({"systems": {"a": "none"}}, "systems\\['a'\\] = 'none': expected one of 'keep', 'drop', 'own'"),
         ({"repeated": {"a": "yes"}}, "repeated\\['a'\\] = 'yes': expected one of 'keep', 'drop'"),
+        ({"most": {"a": 0}}, "most\\['a'\\] = 0: expected a number of records, 1 or more"),
         ({"repeated": {"b": "drop"}}, "repeated names 'b', which files does not hold"),
     ],
 )

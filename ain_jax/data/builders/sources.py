@@ -12,7 +12,7 @@ from ain_jax.data.forms_video import Sampling
 from ain_jax.data.languages import CODES, language_code
 from ain_jax.experiment import nearest
 
-NAMED = ("origins", "forms", "languages", "images", "ids", "held_out", "answers_in", "systems", "repeated")
+NAMED = ("origins", "forms", "languages", "images", "ids", "held_out", "answers_in", "systems", "repeated", "most")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Sources:
     # name -> "drop" for no system texts, "own" for none in another script than the answers'; else "keep"
     systems: Mapping[str, str] = field(default_factory=dict)
     repeated: Mapping[str, str] = field(default_factory=dict)  # name -> "drop": what is said again is left out
+    # name -> so many training records of each of its parts in a mixture at most, taken evenly over its files
+    most: Mapping[str, int] = field(default_factory=dict)
     fps: float = 2.0  # frames a second that are taken of videos' files (.mp4, .webm ...)
     max_frames: int = 768  # of a longer video so many, spread evenly over it
     bad_share: float = 0.01  # more rejected rows than this stop the run
@@ -69,6 +71,9 @@ class Sources:
         for name, share in self.held_out.items():
             if not 0 <= share < 1:
                 found.append(f"held_out[{name!r}] = {share}: expected a share from 0 to below 1")
+        for name, most in self.most.items():
+            if not isinstance(most, int) or most < 1:
+                found.append(f"most[{name!r}] = {most!r}: expected a number of records, 1 or more")
         try:
             Sampling(self.fps, self.max_frames)
         except ValueError as error:
