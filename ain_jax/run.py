@@ -76,6 +76,12 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
         help="override a binding, for example --set 'pretrain/Trainer.steps=20'; may be repeated",
     )
     parser.add_argument("--profile", action="store_true", help="trace some steps of each stage for XProf")
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="extend the tokenizer, build, tokenise and pack the data of every stage, and stop before any learns: "
+        "a machine with accelerators then begins at once",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the resolved experiment and stop")
     return parser.parse_args(argv)
 
@@ -122,6 +128,8 @@ def main(
                 shared = None
                 if asked.data_dir or programs is not None:
                     shared = registry.Shared(asked.data_dir or root / "data", programs if programs is not None else {})
+                if asked.prepare:
+                    return prepare(resolved, root, asked.stage, shared)
                 return run(resolved, root, asked.stage, asked.profile, shared, page=programs is None)
     except KeyboardInterrupt as stop:
         detail = f" ({stop})" if str(stop) else ""
@@ -211,6 +219,21 @@ def run(
 
         of_first(finish)
     of_first(lambda: _finish(resolved, root, page))
+    return 0
+
+
+def prepare(resolved: Resolved, root: Path, only: str | None = None, shared: "registry.Shared | None" = None) -> int:
+    """Run what comes before learning, and tokenise and pack what each stage learns from."""
+    from ain_jax.stages import prefer, registry, training
+
+    for stage in [only] if only else resolved.experiment.stages:
+        kind = resolved.experiment.kind(stage)
+        if kind == registry.EXTEND:
+            run(resolved, root, stage, shared=shared)
+        elif kind in registry.LOSS:
+            found = registry.StageRun(resolved, root, stage, shared=shared)
+            rows = training.prepare(found, prefer.answers(found))
+            _say(f"{stage:16} packed: " + ", ".join(f"{name} {count:,} rows" for name, count in rows.items()))
     return 0
 
 

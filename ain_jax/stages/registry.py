@@ -13,7 +13,7 @@ from ain_jax.models.lora import Lora
 from ain_jax.plan.estimate import Budget
 from ain_jax.sharding import Mesh
 from ain_jax.stages import evaluate, export, extend_tokenizer, instruct, prefer, pretrain, training
-from ain_jax.stages.common import Model, Shared, StageRun, Start
+from ain_jax.stages.common import EXTEND, Model, Shared, StageRun, Start
 from ain_jax.stages.evaluate import Evaluation
 from ain_jax.stages.export import Export
 from ain_jax.stages.extend_tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from ain_jax.train.preferences import Preference
 from ain_jax.train.watch import Watch
 from ain_jax.weights.embeddings import Embeddings
 
-__all__ = ["CHECK", "LOSS", "RUN", "SETTINGS", "Shared", "StageRun"]
+__all__ = ["CHECK", "EXTEND", "LOSS", "RUN", "SETTINGS", "Shared", "StageRun"]
 
 _DATA = (Sources, SampleParams)
 _MODEL = (*_DATA, Packing, Chat, Loader, ImageSettings, Model, Mesh)

@@ -12,6 +12,7 @@ import optax
 
 from ain_jax import sharding
 from ain_jax.data import loader
+from ain_jax.data.examples import Answers
 from ain_jax.data.mixture import Mixture
 from ain_jax.models import lora
 from ain_jax.models.lora import Lora
@@ -70,6 +71,12 @@ def check(run: StageRun) -> None:
             "mixture with phases allow: leave Lora.rank and Mixture.phases out"
         )
     watching.check(run)
+
+
+def prepare(run: StageRun, answers: Answers = "one") -> dict[str, int]:
+    """Tokenise and pack what the stage reads, none of which asks for an accelerator; rows by what they are for."""
+    rows = {"training": run.training_rows(answers), **watching.held_out(run)}
+    return {name: len(found) for name, found in rows.items()}
 
 
 def next_token(run: StageRun, groups: int) -> Loss:

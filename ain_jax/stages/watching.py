@@ -9,6 +9,7 @@ from urllib.parse import quote
 import jax
 import numpy as np
 
+from ain_jax.data import loader
 from ain_jax.data.builders.files import Sources
 from ain_jax.data.builders.sample_records import KINDS
 from ain_jax.data.packing import Packing
@@ -54,6 +55,34 @@ def scorer(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss], groups: i
     return jax.jit(lambda trained, frozen, batch: aim(trained, frozen, batch, None).parts["bits_per_byte"])
 
 
+def held_out(run: StageRun) -> dict[str, loader.Rows]:
+    """The packed rows of each watched text, tokenised and planned where they are not yet.
+
+    Raises ValueError for a text of which nothing is held out, or which holds preferences.
+    """
+    settings, found = run.get(Watch), {}
+    packing, together = shape(run)
+    for text in settings.texts:
+        examples = run.examples(text, "test", packing)
+        if not len(examples):
+            raise ValueError(f"{run.stage}/Watch.texts names {text!r}, of which nothing is held out: take it out")
+        judged = np.flatnonzero(examples.answers())
+        if len(judged):
+            raise ValueError(
+                f"{run.stage}/Watch.texts names {text!r}, of whose {len(examples)} held-out examples {len(judged)} are "
+                "preferences: texts and conversations are watched; take it out"
+            )
+        name = f"watch_{quote(text, safe='')}"  # "a/b" and "a_b" are two
+        rows = run.rows({text: examples}, None, None, name, packing=packing, rows_per_batch=together)
+        if settings.rows:  # the same texts, however many rows a batch of the stage has
+            # Batches of one shape are whole.
+            most = -(-settings.rows // together) * together if packing.text_batches else settings.rows
+            plan = dataclasses.replace(rows.plan, starts_R=rows.plan.starts_R[: most + 1])
+            rows = dataclasses.replace(rows, plan=plan)
+        found[text] = rows
+    return found
+
+
 def watcher(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss]) -> Watcher | None:
     """What measures the texts of `Watch` in bits per byte; None where none are watched. `aimed` as `training.aimed`.
 
@@ -64,26 +93,9 @@ def watcher(run: StageRun, aimed: Callable[[losses.Loss], losses.Loss]) -> Watch
     settings = run.get(Watch)
     if not settings.texts:
         return None
-    packing, together = shape(run)
     batches, groups = {}, {}
-    for text in settings.texts:
-        found = run.examples(text, "test", packing)
-        if not len(found):
-            raise ValueError(f"{run.stage}/Watch.texts names {text!r}, of which nothing is held out: take it out")
-        judged = np.flatnonzero(found.answers())
-        if len(judged):
-            raise ValueError(
-                f"{run.stage}/Watch.texts names {text!r}, of whose {len(found)} held-out examples {len(judged)} are "
-                "preferences: texts and conversations are watched; take it out"
-            )
-        name = f"watch_{quote(text, safe='')}"  # "a/b" and "a_b" are two
-        rows = run.rows({text: found}, None, None, name, packing=packing, rows_per_batch=together)
-        if settings.rows:  # the same texts, however many rows a batch of the stage has
-            # Batches of one shape are whole.
-            most = -(-settings.rows // together) * together if packing.text_batches else settings.rows
-            plan = dataclasses.replace(rows.plan, starts_R=rows.plan.starts_R[: most + 1])
-            rows = dataclasses.replace(rows, plan=plan)
-        batches[text] = [batch for batch, _ in run.batches(rows, together)]
+    for text, rows in held_out(run).items():
+        batches[text] = [batch for batch, _ in run.batches(rows, shape(run)[1])]
         groups[text] = len(rows.groups)
 
     score = functools.cache(lambda groups: run.program("watch", lambda: scorer(run, aimed, groups), groups))
