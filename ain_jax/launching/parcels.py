@@ -1,0 +1,135 @@
+"""Folders as files of a bounded size, for a machine that is reached by small copies alone.
+
+pack([data, models], parcels)   parcels/00000.part, 00001.part, ... and SHA256SUMS, which is written last
+unpack(parcels, place)          every part is compared with its sum before any file is written
+
+The parts together are one tar file compressed by Zstandard; `sha256sum -c SHA256SUMS` knows the sums as well.
+"""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import zstandard
+
+SUMS = "SHA256SUMS"
+MARK = ".unpacked"  # where parts were unpacked: the sums of the last ones
+MIB = 1 << 20
+
+
+class _Parts(io.RawIOBase):
+    """What is written goes to numbered files of at most so many bytes each."""
+
+    def __init__(self, folder: Path, size: int):
+        self.folder, self.size, self.sums = folder, size, dict[str, str]()
+        self.part, self.left, self.sum = None, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), MIB):
+            self._write(view[start : start + MIB])
+        return len(view)
+
+    def _write(self, view: memoryview) -> None:
+        while len(view):
+            if self.part is None:
+                self.part = (self.folder / f"{len(self.sums):05d}.part").open("wb")
+                self.left, self.sum = self.size, hashlib.sha256()
+            taken = view[: self.left]
+            self.part.write(taken)
+            self.sum.update(taken)
+            self.left, view = self.left - len(taken), view[len(taken) :]
+            if not self.left:
+                self.finish()
+
+    def finish(self) -> None:
+        """Close the part that is open."""
+        if self.part is not None:
+            self.part.close()
+            self.sums[Path(self.part.name).name] = self.sum.hexdigest()
+            self.part = None
+
+
+class _Whole(io.RawIOBase):
+    """Files read one after another as if they were one."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths, self.file = list(paths), io.BytesIO()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not (count := self.file.readinto(buffer)) and self.paths:
+            self.file.close()
+            self.file = self.paths.pop(0).open("rb")
+        return count or 0
+
+
+def pack(paths: Sequence[Path], into: Path, mib: int, root: Path = Path()) -> list[Path]:
+    """The parts that hold these files and folders, each by its path below `root`. Parts of before are replaced.
+
+    `mib` is the most that a part may have, in MiB. Raises ValueError for what is not there or lies elsewhere.
+    """
+    if mib < 1:
+        raise ValueError(f"parts of {mib} MiB; expected 1 or more")
+    names = {path: _below(path, root) for path in paths}
+    into.mkdir(parents=True, exist_ok=True)
+    for old in (into / SUMS, *into.glob("*.part")):
+        old.unlink(missing_ok=True)
+    parts, without_locks = _Parts(into, mib * MIB), lambda info: None if info.name.endswith(".lock") else info
+    with (
+        zstandard.ZstdCompressor(level=10, threads=-1).stream_writer(parts, closefd=False) as compressed,
+        tarfile.open(fileobj=compressed, mode="w|", dereference=True) as tar,
+    ):
+        for path, name in names.items():
+            tar.add(path, name, filter=without_locks)
+    parts.finish()
+    beside = into / f"{SUMS}.tmp"
+    beside.write_text("".join(f"{told}  {name}\n" for name, told in parts.sums.items()), encoding="utf-8")
+    beside.replace(into / SUMS)
+    return [into / name for name in parts.sums]
+
+
+def _below(path: Path, root: Path) -> str:
+    if not path.exists():
+        raise ValueError(f"{path} is not there; expected a file or a folder to pack")
+    try:
+        return str(path.absolute().relative_to(root.absolute()))
+    except ValueError:
+        raise ValueError(f"{path} lies outside {root.absolute()}: it would have no place at the other end") from None
+
+
+def unpack(parcels: Path, into: Path) -> bool:
+    """Lay the packed files below `into`; whether there was anything to do.
+
+    What was unpacked there before is left alone. Raises ValueError, which names every part that is missing or was
+    damaged on the way, before anything is written.
+    """
+    told = parcels / SUMS
+    if not told.is_file():
+        raise ValueError(f"{told} is not there: it comes with the parts, and says which there are")
+    mark, text = into / MARK, told.read_text(encoding="utf-8")
+    if mark.is_file() and mark.read_text(encoding="utf-8") == text:
+        return False
+    sums = {name: wanted for wanted, name in (line.split() for line in text.splitlines())}
+    faults = [f"{name} {fault}" for name, wanted in sums.items() if (fault := _fault(parcels / name, wanted))]
+    if faults:
+        raise ValueError(f"of {len(sums)} parts in {parcels}: {', '.join(faults)}; copy them again")
+    whole = io.BufferedReader(_Whole([parcels / name for name in sums]), MIB)
+    with zstandard.ZstdDecompressor().stream_reader(whole) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+        tar.extractall(into, filter="data")
+    mark.write_text(text, encoding="utf-8")
+    return True
+
+
+def _fault(part: Path, wanted: str) -> str:
+    if not part.is_file():
+        return "is missing"
+    with part.open("rb") as file:
+        return "" if hashlib.file_digest(file, "sha256").hexdigest() == wanted else "is damaged"
