@@ -4,6 +4,7 @@ Between safe points a request waits; elsewhere it ends the run at once, which lo
 """
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from ain_jax.launching import Interrupted
 
+AGAIN_SECONDS = 0.1
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
@@ -23,8 +25,27 @@ def at_once() -> Iterator[None]:
     def request(number, frame):
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    with _handled(request):
+    with _handled(request), _never_dropped():
         yield
+
+
+@contextmanager
+def _never_dropped() -> Iterator[None]:
+    """Python drops what is raised in a destructor or in a callback of the garbage collector, and jax has one: a request
+    that comes just then is made again."""
+    before, main = sys.unraisablehook, threading.main_thread().ident
+
+    def hook(told):
+        if told.exc_type is not KeyboardInterrupt or main is None:
+            return before(told)
+        name = str(told.exc_value) or "SIGINT"
+        threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, signal.Signals[name])).start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager
