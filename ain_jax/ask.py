@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ain_jax.data.formats import open_picture
 from ain_jax.generate import Prompt, Speaker, generate, placeholder_counts, prompt_with_images
 from ain_jax.models.config import ModelConfig
@@ -31,29 +34,31 @@ class Answering:
     settings: Any  # how pictures are cut to patches; None where it sees none
     max_new_tokens: int = 128
     stop: Sequence[str] = ()
+    dtype: Any = jnp.float32  # of parameters and activations
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: Path, **how: Any) -> "Answering":
+    def load(cls, folder: Path, dtype: Any = jnp.float32, **how: Any) -> "Answering":
         """The model of a folder as ain_jax or transformers saves it. ValueError: it is none."""
-        params, config = load_folder(folder)
+        params, config = load_folder(folder, dtype)
         settings = load_image_settings(folder, config) if config.vision is not None else None
-        return cls(params, config, load_tokenizer(folder), settings, **how)
+        params = jax.tree.map(jnp.asarray, params)  # on the device, once for all calls
+        return cls(params, config, load_tokenizer(folder), settings, dtype=dtype, **how)
 
-    def prompt(self, text: str, pictures: Sequence[bytes] = ()) -> Prompt:
-        """What is decoded from; a model without a chat template goes on from the text itself."""
+    def prompt(self, said: str | Sequence[dict[str, str]], pictures: Sequence[bytes] = ()) -> Prompt:
+        """What is decoded from: a question, with its pictures before it, or the turns of a conversation in which
+        "<image>" says where they stand. A model without a chat template goes on from the question itself."""
         if pictures and self.settings is None:
             raise ValueError(
                 f"the model is a {self.config.family} without an image encoder: it can be shown no picture"
             )
-        if not pictures:
-            chat = self.tokenizer.chat_template
-            ids = encode_prompt(self.tokenizer, [_said(text)]) if chat else self.tokenizer(text)["input_ids"]
-            return Prompt(ids)
-        prompt = prompt_with_images([], pictures, self.settings)
-        counts = placeholder_counts(prompt, self.settings.merge_size)
-        ids = encode_prompt(self.tokenizer, [_said("<image>" * len(counts) + text)], counts)
-        return dataclasses.replace(prompt, tokens_L=ids)
+        prompt = prompt_with_images([], pictures, self.settings) if pictures else Prompt([])
+        counts = placeholder_counts(prompt, self.settings.merge_size) if pictures else []
+        if isinstance(said, str):
+            if not pictures and not self.tokenizer.chat_template:
+                return Prompt(self.tokenizer(said)["input_ids"])
+            said = [{"role": "user", "content": "<image>" * len(counts) + said}]
+        return dataclasses.replace(prompt, tokens_L=encode_prompt(self.tokenizer, said, counts))
 
     def answers(
         self,
@@ -69,7 +74,7 @@ class Answering:
         speaker = Speaker(self.tokenizer, self.stop, tell)
         watch = speaker if tell or self.stop else None
         stops = self.config.stop_ids
-        how = {**self.sampling, "seed": self.sampling.get("seed", 0) + before}
+        how = {**self.sampling, "seed": self.sampling.get("seed", 0) + before, "dtype": self.dtype}
         found = generate(self.params, self.config, prompts, self.max_new_tokens, stops, rows=rows, watch=watch, **how)
         return [speaker.finish(number, ids) for number, ids in enumerate(found)]
 
@@ -98,7 +103,3 @@ class Answering:
             for path in paths[start : start + rows]:
                 told = {"text": answers[path]} if path in answers else {"fault": faults[path]}
                 yield {"image": str(path), **told}
-
-
-def _said(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}

@@ -30,14 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ain_jax.ask import Answering
 from ain_jax.data import drawn
 from ain_jax.data.encoding import encode_documents, windows
 from ain_jax.evaluate import scores
-from ain_jax.generate import Prompt, generate, placeholder_counts, prompt_with_images, rows_of
+from ain_jax.generate import Prompt, rows_of
 from ain_jax.kits.misread import in_folder, plain
 from ain_jax.models.multimodal import MultimodalModel
 from ain_jax.tokenizer import chat
-from ain_jax.weights.load import load_folder, load_image_settings
 
 Json = dict[str, Any]
 WINDOW = 1024  # tokens of a text that are read together
@@ -54,21 +54,20 @@ class Model:
     dtype: Any
 
     @functools.cached_property
-    def loaded(self) -> tuple[Any, Any]:
-        params, config = load_folder(self.folder, self.dtype)
-        return jax.tree.map(jnp.asarray, params), config
+    def asked(self) -> Answering:
+        return Answering.load(self.folder, self.dtype)
 
-    @functools.cached_property
+    @property
     def tokenizer(self) -> Any:
-        return chat.load_tokenizer(self.folder)
+        return self.asked.tokenizer
 
     @property
     def sees(self) -> bool:
-        return self.loaded[1].vision is not None
+        return self.asked.config.vision is not None
 
     @functools.cached_property
     def _score(self) -> Callable[..., Any]:
-        model = MultimodalModel(self.loaded[1], dtype=self.dtype)
+        model = MultimodalModel(self.asked.config, dtype=self.dtype)
 
         def nats(params, arrays, targets_BL, counted_BL):
             hidden_BLD = model.apply({"params": params}, **arrays)
@@ -81,7 +80,7 @@ class Model:
 
     def nats(self, sequences: Sequence[tuple[np.ndarray, int]]) -> list[float]:
         """Of each (ids, first): the nats of the ids from `first` on, those before them given."""
-        params, config = self.loaded
+        params, config = self.asked.params, self.asked.config
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))  # neighbours of one length
         found = [0.0] * len(sequences)
         for start in range(0, len(order), self.rows):
@@ -102,17 +101,12 @@ class Model:
 
     def answers(self, rows: Sequence[Json], kit: Path, tokens: int) -> list[str]:
         """What it says to each row's question, greedily."""
-        params, config = self.loaded
-        settings = load_image_settings(self.folder, config) if self.sees else None
+        asked = dataclasses.replace(self.asked, max_new_tokens=tokens)
         prompts = []
         for row in rows:
             pictures = [drawn.encode(drawn.drawing(in_folder(told, kit))) for told in row.get("images", ())]
-            prompt = prompt_with_images([], pictures, settings) if settings else Prompt([])
-            counts = placeholder_counts(prompt, settings.merge_size) if settings and pictures else []
-            told = row["messages"][:-1] if "messages" in row else [{"role": "user", "content": row["question"]}]
-            prompts.append(dataclasses.replace(prompt, tokens_L=chat.encode_prompt(self.tokenizer, told, counts)))
-        found = generate(params, config, prompts, tokens, config.stop_ids, rows=self.rows, dtype=self.dtype)
-        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+            prompts.append(asked.prompt(row["messages"][:-1] if "messages" in row else row["question"], pictures))
+        return [answer.strip() for answer in asked.answers(prompts, self.rows)]
 
 
 def rows(kit: Path, name: str, share: float = 1.0) -> list[Json]:
