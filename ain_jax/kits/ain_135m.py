@@ -142,6 +142,8 @@ class Kit:
     def write(self, name: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows, written as NAME.jsonl unless there are none."""
         rows = list(rows)
+        if repeated := [i for i, count in Counter(row["id"] for row in rows).items() if count > 1]:
+            raise ValueError(f"{name}: {len(repeated)} ids stand in it more than once, such as {repeated[0]!r}")
         if rows:
             path = self.folder / f"{name}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -108,25 +108,25 @@ def emoji(get: Get, out: Path, style: str) -> list[Named]:
 def stamps(get: Get, out: Path) -> list[Named]:
     """Pictures, many of them cut-out photographs, with a sentence in each language."""
     files = get("tuxpaint-stamps-default", r".*/stamps/.*\.(png|svg|txt)")
-    rows = []
+    rows: dict[str, Named] = {}
     for name, data in sorted(files.items()):
-        path = PurePosixPath(name)
+        path, key = PurePosixPath(name), name.partition("/stamps/")[2].rpartition(".")[0]
         text = files.get(str(path.with_suffix(".txt")))
-        if path.suffix == ".txt" or text is None or path.stem.endswith("_mirror"):
+        # Some come as PNG and as SVG: two of one stamp, and the one that is held out would be trained on as the other.
+        if path.suffix == ".txt" or text is None or path.stem.endswith("_mirror") or key in rows:
             continue
         lines = text.decode("utf-8", "ignore").splitlines()
         arabic = next((clean(line[8:]).strip(". ") for line in lines if line.startswith("ar.utf8=")), "")
         english = clean(lines[0]) if lines else ""
         if not ARABIC.search(arabic) or re.search("[A-Za-z]", arabic) or not english or len(english.split()) > 15:
             continue
-        key = name.partition("/stamps/")[2].rpartition(".")[0]
         place = f"stamps/{key.replace('/', '-')}.png"
         try:
             _write(out / place, _small(svg(data, STAMP_SIDE) if path.suffix == ".svg" else data, STAMP_SIDE))
         except ValueError:  # a drawing that says no size
             continue
-        rows.append(Named(f"stamps/{key}", place, arabic, english.strip(".")))
-    return rows
+        rows[key] = Named(f"stamps/{key}", place, arabic, english.strip("."))
+    return list(rows.values())
 
 
 def flags(get: Get, out: Path, form: str) -> list[Named]:

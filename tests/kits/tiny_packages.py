@@ -127,7 +127,8 @@ def packages():
             f"package/annotationsDerived/{lang}/annotations.json": dump({"annotationsDerived": {"annotations": {}}})
             for lang in ("ar", "en")},
         "tuxpaint-stamps-default": {
-            "x/stamps/animals/cat.png": cat["1f408"], "x/stamps/animals/cat.txt": "A cat.\nar.utf8=.قطة\n".encode(),
+            "x/stamps/animals/cat.png": cat["1f408"], "x/stamps/animals/cat.svg": b"<svg/>",  # one stamp in two forms
+            "x/stamps/animals/cat.txt": "A cat.\nar.utf8=.قطة\n".encode(),
             "x/stamps/animals/dog.png": cat["1f300"], "x/stamps/animals/dog.txt": "A dog.\nar.utf8=A كلب\n".encode()},
         "kgeography-data": {"x/usr/share/kgeography/here.kgm": kgm, "x/usr/share/kgeography/here.png": drawn_map,
                             "x/ar/LC_MESSAGES/kgeography.mo": mo({f"here.kgm\x04{k}": v for k, v in arabic.items()})},
