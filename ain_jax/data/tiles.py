@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from ain_jax.data.images import CLIP_MEAN, CLIP_STD, config_faults, normalised, open_image, refuse, to_rgb
-from ain_jax.models.hf_config import PINPOINTS
+from ain_jax.models.hf_families import PINPOINTS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ain_jax.experiment import nearest
-from ain_jax.models import hf_config
+from ain_jax.models import hf_config, hf_families
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class ClipConfig:
     norm_eps: float = 1e-5
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
     feature_layer: int = -2  # whose output is taken; 0 is the embedding, -1 the last layer
-    pinpoints: tuple[tuple[int, int], ...] = hf_config.PINPOINTS
+    pinpoints: tuple[tuple[int, int], ...] = hf_families.PINPOINTS
 
     @property
     def patch_values(self) -> int:
@@ -241,7 +241,7 @@ class ModelConfig:
 
     text: TextConfig
     vision: VisionConfig | ClipConfig | None = None
-    family: str = "qwen2_vl"  # the published architecture, a name in `hf_config.FAMILIES`
+    family: str = "qwen2_vl"  # the published architecture, a name in `hf_families.FAMILIES`
     text_family: str = ""  # LLaVA-NeXT: the architecture of its decoder
     image_token_id: int | None = None
     video_token_id: int | None = None
@@ -336,7 +336,7 @@ def qwen2_vl_7b() -> ModelConfig:
     return ModelConfig(
         text=TextConfig(152064, 3584, 18944, 28, 28, 4, 128, mrope_section=(16, 24, 24)),
         vision=VisionConfig(width=1280, layers=32, heads=16, mlp_width=5120),
-        **hf_config.QWEN2_IDS,
+        **hf_families.QWEN2_IDS,
     )
 
 

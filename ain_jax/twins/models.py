@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from ain_jax import sample
 from ain_jax.data.images import CLIP_MEAN, CLIP_STD, ImageSettings
-from ain_jax.models import hf_config
+from ain_jax.models import hf_families
 from ain_jax.models.config import ClipConfig, ModelConfig, published
 from ain_jax.models.multimodal import init_params
 from ain_jax.tokenizer import folder as tokenizer_files
@@ -150,7 +150,7 @@ def _clip(place: Path) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     entries = {name: (DTYPES["F32"], array.shape) for name, array in arrays.items()}
     write(place / "model.safetensors", entries, arrays.values())
-    attributes = {theirs: getattr(vision, ours) for theirs, ours in hf_config.CLIP.items()}
+    attributes = {theirs: getattr(vision, ours) for theirs, ours in hf_families.CLIP.items()}
     head = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "projection_dim": 16}
     write_json(place / "config.json", head | attributes | {"torch_dtype": "float32"})
     side = vision.tile

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ain_jax.data.images import CLIP_MEAN, CLIP_STD
 from ain_jax.data.tiles import TileSettings
-from ain_jax.models import hf_config
+from ain_jax.models import hf_families
 from ain_jax.models.config import ClipConfig, ModelConfig, from_hf, to_hf
 from ain_jax.models.multimodal import init_params
 from ain_jax.tokenizer.chat_render import IMAGE
@@ -22,7 +22,7 @@ from ain_jax.weights.shards import read_json
 TOWER = "vision_tower"
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # tiles; LLaVA-NeXT's own, of 336 pixels
 # What transformers takes for a size that a CLIP's config.json leaves out; inside a LLaVA-NeXT's it takes others.
-ALONE = dict(zip(hf_config.CLIP, (768, 12, 12, 3072, 224, 32, 3, 1e-5, "quick_gelu"), strict=True))
+ALONE = dict(zip(hf_families.CLIP, (768, 12, 12, 3072, 224, 32, 3, 1e-5, "quick_gelu"), strict=True))
 COLOURS = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 # What a CLIP has beside its image encoder: the encoder of texts, and numbers that older files hold.
 BESIDE = ("text_model.", "text_projection", "visual_projection", "logit_scale", "vision_model.embeddings.position_ids")
@@ -34,8 +34,8 @@ def joined_config(text: ModelConfig, vision_folder: Path, tokenizer: Any, rows: 
     ValueError where the decoder is of no family that a LLaVA-NeXT can have, where the folder holds no CLIP, or where
     the tokenizer has no token for pictures.
     """
-    if text.family not in hf_config.LLAVA_TEXTS:
-        known = ", ".join(hf_config.LLAVA_TEXTS)
+    if text.family not in hf_families.LLAVA_TEXTS:
+        known = ", ".join(hf_families.LLAVA_TEXTS)
         raise ValueError(f"Model.vision_folder beside a {text.family}: expected a language model, one of {known}")
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     if image is None or image == tokenizer.unk_token_id:
@@ -46,7 +46,7 @@ def joined_config(text: ModelConfig, vision_folder: Path, tokenizer: Any, rows: 
     tower = _clip_attributes(vision_folder)
     return from_hf(
         {
-            "model_type": hf_config.LLAVA_NEXT,
+            "model_type": hf_families.LLAVA_NEXT,
             "text_config": to_hf(text) | {"vocab_size": rows},
             "vision_config": {"model_type": "clip_vision_model"} | tower,
             "image_token_id": image,
