@@ -54,11 +54,10 @@ class Answering:
             )
         prompt = prompt_with_images([], pictures, self.settings) if pictures else Prompt([])
         counts = placeholder_counts(prompt, self.settings.merge_size) if pictures else []
-        if isinstance(said, str):
-            if not pictures and not self.tokenizer.chat_template:
-                return Prompt(self.tokenizer(said)["input_ids"])
-            said = [{"role": "user", "content": "<image>" * len(counts) + said}]
-        return dataclasses.replace(prompt, tokens_L=encode_prompt(self.tokenizer, said, counts))
+        if isinstance(said, str) and not pictures and not self.tokenizer.chat_template:
+            return Prompt(self.tokenizer(said)["input_ids"])
+        asked = [{"role": "user", "content": "<image>" * len(counts) + said}] if isinstance(said, str) else said
+        return dataclasses.replace(prompt, tokens_L=encode_prompt(self.tokenizer, asked, counts))
 
     def answers(
         self,

@@ -57,9 +57,9 @@ class Model:
     def asked(self) -> Answering:
         return Answering.load(self.folder, self.dtype)
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Any:
-        return self.asked.tokenizer
+        return chat.load_tokenizer(self.folder)  # of a folder with a tokenizer alone, too
 
     @property
     def sees(self) -> bool:
