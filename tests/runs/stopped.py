@@ -1,21 +1,45 @@
-"""Run an experiment and stop it at a named point, as a kill would: `python stopped.py POINT [ARGUMENT ...]`.
+"""Run experiments and stop them at named points, as a kill would.
+
+Each line of standard input is a JSON list `[LOG, POINT, ARGUMENT, ...]`. What it asks for runs in a process of its own,
+forked behind the imports, which take most of a start; standard error goes to the file LOG, and a line on standard
+output tells how it ended.
 
 A point is `SIGNAL@PLACE`, where PLACE is one of the functions below with a count: `KILL@step:pretrain:3` kills the
 process with SIGKILL when step 3 of pretrain has been written down, `INT@step:instruct:2` sends SIGINT instead.
 """
 
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 
+LONGEST = 600  # seconds that a run may take
+
 
 def main() -> int:
-    point, *arguments = sys.argv[1:]
+    """Serve standard input; in a process that was forked, the exit status of its run."""
+    sys.modules["torch"] = None  # pyright: ignore  # no run may need it
+
+    from ain_jax.stages import registry  # noqa: F401
+
+    for line in sys.stdin:
+        log, point, *arguments = json.loads(line)
+        process = os.fork()
+        if not process:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for descriptor in (1, 2):
+                os.dup2(file, descriptor)
+            signal.alarm(LONGEST)
+            return run(point, arguments)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+    return 0
+
+
+def run(point: str, arguments: list[str]) -> int:
     name, _, place = point.partition("@")
     what, stage, count = [*place.split(":"), "", ""][:3]
     number = getattr(signal, f"SIG{name}") if name else None
-    sys.modules["torch"] = None  # pyright: ignore  # no run may need it
 
     from ain_jax import run as runner
     from ain_jax.data import examples, pack_plan
