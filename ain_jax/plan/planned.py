@@ -21,8 +21,9 @@ from ain_jax.data.tiles import TileSettings
 from ain_jax.experiment import Resolved
 from ain_jax.models.config import ClipConfig, ModelConfig, published
 from ain_jax.stages import prefer
-from ain_jax.stages.common import EXTEND, Model, StageRun, sample_path
+from ain_jax.stages.common import EXTEND, StageRun, sample_path
 from ain_jax.stages.extend_tokenizer import Tokenizer
+from ain_jax.stages.model_settings import Model, sized
 from ain_jax.tokenizer import base
 from ain_jax.train.loop import Trainer
 from ain_jax.train.preferences import Preference
@@ -87,7 +88,8 @@ class PlannedRun(StageRun):
             return dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=rows))
         ids = len(base.open_base(path).backend.get_vocab()) + self._pieces
         names = ("image", "video", "vision_start", "vision_end", "eos", "pad")
-        return self._sized(ids, **{f"{name}_token_id": number for number, name in enumerate(names)})
+        settings, images = self.get(Model), self.get(ImageSettings)
+        return sized(settings, images, ids, **{f"{name}_token_id": number for number, name in enumerate(names)})
 
     @property
     def _pieces(self) -> int:

@@ -18,7 +18,7 @@ from ain_jax.experiment import Binding, Resolved, parse_override, resolve
 from ain_jax.plan import compile as compiler
 from ain_jax.plan.chips import GIB, Slices
 from ain_jax.stages import registry
-from ain_jax.stages.common import Model
+from ain_jax.stages.model_settings import Model
 from ain_jax.train.loop import Trainer
 
 

@@ -19,7 +19,7 @@ from ain_jax.evaluate import likelihood, ngram, scores
 from ain_jax.generate import Prompt, generate, placeholder_counts, prompt_with_images
 from ain_jax.launching import processes
 from ain_jax.stages import common
-from ain_jax.stages.common import Start
+from ain_jax.stages.model_settings import Start
 from ain_jax.tokenizer import chat
 
 UNTRAINED = "untrained"

@@ -17,6 +17,7 @@ from ain_jax.data.examples import tokenizer_fingerprint
 from ain_jax.launching import processes
 from ain_jax.models.lora import Lora
 from ain_jax.stages import common
+from ain_jax.stages.model_settings import Start
 from ain_jax.weights import export
 from ain_jax.weights.adapters import save_adapters
 
@@ -69,7 +70,7 @@ def write(stage: common.StageRun, trained: str, step: int | None, place: Path, m
         pairs = processes.fetch(stage.trained_adapters(trained, step))
         fingerprint = tokenizer_fingerprint(stage.tokenizer)
         # What lies under an earlier stage's weights has no name that PEFT could open.
-        base = "" if stage.of(trained).get(common.Start).stage else str(stage.base or "")
+        base = "" if stage.of(trained).get(Start).stage else str(stage.base or "")
         processes.of_first(
             lambda: save_adapters(pairs, adapted, stage.config, place, base=base, tokenizer=fingerprint) and None
         )

@@ -8,8 +8,9 @@ from ain_jax.data import files
 from ain_jax.data.builders.files import Sources
 from ain_jax.data.mixture import Mixture
 from ain_jax.experiment import Resolved
-from ain_jax.stages.common import Model, absent, sample_path, source_parts
+from ain_jax.stages.common import sample_path, source_parts
 from ain_jax.stages.extend_tokenizer import Tokenizer
+from ain_jax.stages.model_settings import Model, absent
 from ain_jax.train.watch import Watch
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ain_jax.data.examples import Answers
 from ain_jax.data.packing import Packing
 from ain_jax.stages import common, training
+from ain_jax.stages.model_settings import Model
 from ain_jax.tokenizer.chat import Chat
 from ain_jax.train import losses, preferences, reference
 from ain_jax.train.loop import Trainer
@@ -36,7 +37,7 @@ def run(stage: common.StageRun) -> dict:
     if settings.needs_reference:
         with jax.set_mesh(stage.mesh):
             batches = lambda r: stage.batches(r, together(stage))
-            also = f"{stage.config!r}/{jnp.dtype(stage.get(common.Model).dtype).name}"
+            also = f"{stage.config!r}/{jnp.dtype(stage.get(Model).dtype).name}"
             folder = stage.data / "reference"
             # Low-rank pairs lie beside these parameters: without them they are the reference, as they stand.
             rows = reference.with_reference(rows, stage.model, params, batches, folder, also)

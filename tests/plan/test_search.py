@@ -10,7 +10,7 @@ import pytest
 
 from ain_jax import sharding
 from ain_jax.plan import chips, report, search
-from ain_jax.stages.common import Model
+from ain_jax.stages.model_settings import Model
 from ain_jax.train.loop import Trainer
 
 POD = chips.read("v5p-128")
