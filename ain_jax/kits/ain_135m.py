@@ -3,7 +3,8 @@
     python -m ain_jax.kits.ain_135m --folder data/ain_135m          0.5 GB of packages, some minutes
     python -m ain_jax.kits.ain_135m --archives DIR                  keeps the packages in DIR, and looks there first
 
-    train/text/      SOURCE_LANGUAGE.jsonl: running text; hadith and Quran without vowel marks, and _marked with them
+    train/text/      SOURCE_LANGUAGE.jsonl: running text in modern/, classical/ (without vowel marks), marked/ (the same
+                     with them), dialects/ and english/
     train/parallel/  SOURCE.jsonl: Arabic (or a dialect) and English
     train/tasks/     translate, read, emoji, stamps, maps, flags, facts: questions and answers, with drawings
     train/pairs/     misread: the truth chosen, Tesseract's own misreading rejected
@@ -107,6 +108,7 @@ LICENCES = {  # of what is inside, as far as the packages tell; see each package
 SEED = 0
 LANGUAGES = ("ar", *texts.DIALECTS, "en")
 UI = ("chromium", "programs", "mediawiki")  # sources of short strings, joined to running text
+CLASSICAL = ("hadith", "quran")
 HELD_TEXT = {  # file -> (source, which side)
     "handbook_ar": ("handbook", "text"), "handbook_en": ("handbook", "other"), "tafsir_ar": ("tafsir", "text"),
     "hadith_ar": ("hadith", "text"), "hadith_marked_ar": ("hadith", "marked"), "hadith_en": ("hadith", "other"),
@@ -201,14 +203,16 @@ def text(kit: Kit, found: split.Texts) -> None:
             continue
         for language in ("ar", "en"):
             sides = ((row.id, row.text if row.language == language else row.other) for row in rows)
-            kit.write(f"train/text/{source}_{language}", _texts(language, sides))
-        kit.write(f"train/text/{source}_marked_ar", _texts("ar", ((f"{row.id}/marked", row.marked) for row in rows)))
+            register = "english" if language == "en" else "classical" if source in CLASSICAL else "modern"
+            kit.write(f"train/text/{register}/{source}_{language}", _texts(language, sides))
+        kit.write(f"train/text/marked/{source}_ar", _texts("ar", ((f"{row.id}/marked", row.marked) for row in rows)))
     strings = [row for source in UI for row in by_source[source]]
     for language in ("ar", *texts.DIALECTS):
         lines = dict.fromkeys(row.text for row in strings if row.language == language)
         documents = texts.pieces("\n".join(lines), split.PIECE) if lines else ()
         named = ((f"strings/{language}/{number}", piece) for number, piece in enumerate(documents))
-        kit.write(f"train/text/strings_{language}", _texts(language, named))
+        register = "modern" if language == "ar" else "dialects"
+        kit.write(f"train/text/{register}/strings_{language}", _texts(language, named))
     for source, rows in sorted(by_source.items()):
         pairs = (
             {"id": f"{row.id}/{number}", row.language: row.text, "en": version}

@@ -14,6 +14,7 @@ import tokenizers
 from tqdm import tqdm
 
 from ain_jax.data import examples
+from ain_jax.experiment import nearest
 from ain_jax.launching import processes
 from ain_jax.stages import common
 from ain_jax.tokenizer import audit, base, chat, extend, folder, inspect, templates, with_template
@@ -31,6 +32,8 @@ class Tokenizer:
     origin: str = ""  # where to get it from, told where it is not there
     pieces: int = 2000  # new ids
     learn_from: tuple[str, ...] = ("documents/ar",)  # sources of the text that pieces are learnt from
+    # Source -> how many times its text counts: for a little text of the kind that matters, beside much of another.
+    times: Mapping[str, int] = dataclasses.field(default_factory=dict)
     keep: tuple[str, ...] = ("documents/en",)  # sources in languages that the model knows
     measure: tuple[str, ...] = ("documents/ar", "documents/en")  # sources whose test split is measured
     marks: Literal["keep", "strip"] = "keep"  # vowel marks while learning
@@ -39,6 +42,13 @@ class Tokenizer:
     min_count: int = 2  # occurrences below which nothing is learnt
     longest: int = 16  # characters in a new piece
     changed_share: float = 0.0  # of the measured texts without a new character, that may be cut otherwise
+
+    def __post_init__(self):
+        for source, times in self.times.items():
+            if source not in self.learn_from:
+                raise ValueError(f"times names {source!r}: {nearest(source, self.learn_from)}")
+            if type(times) is not int or times < 1:
+                raise ValueError(f"times[{source!r}] = {times!r}: expected a whole number, 1 or more")
 
 
 def check(stage: common.StageRun) -> None:
@@ -67,7 +77,8 @@ def _run(stage: common.StageRun) -> dict[str, Any]:
     settings = stage.get(Tokenizer)
     start = _base(stage)
     bar = tqdm(total=5, desc=f"{stage.stage:16}", unit="part", dynamic_ncols=True)
-    texts = [text for source in settings.learn_from for text in _texts(stage, source, "train")]
+    of_source = {source: _texts(stage, source, "train") for source in settings.learn_from}
+    texts = [text for source, some in of_source.items() for text in (*some,) * settings.times.get(source, 1)]
     held_out = {source.rpartition("/")[2]: _texts(stage, source, "test") for source in settings.measure}
     bar.update()
     place = stage.folder / "tokenizer"

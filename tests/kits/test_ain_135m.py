@@ -33,15 +33,15 @@ def rows(kit, name):
 
 
 def test_text_stands_in_both_spellings_and_pairs_beside_each_other(kit):
-    plain = {row["id"]: row["text"] for row in rows(kit, "train/text/hadith_ar")}
-    marked = {row["id"].removesuffix("/marked"): row["text"] for row in rows(kit, "train/text/hadith_marked_ar")}
+    plain = {row["id"]: row["text"] for row in rows(kit, "train/text/classical/hadith_ar")}
+    marked = {row["id"].removesuffix("/marked"): row["text"] for row in rows(kit, "train/text/marked/hadith_ar")}
     assert plain["sahih-al-bukhari/1"] == "سمعت رجلا" and marked["sahih-al-bukhari/1"] == "سمعتُ رجلا"
     pairs = {(row["ar"], row["en"]) for row in rows(kit, "train/parallel/programs")}
     assert pairs == {("افتح", "Open"), ("احفظ", "Save")}  # the keys' marks gone, slots left out
     assert [(row["ar"], row["en"]) for row in rows(kit, "train/parallel/chromium")] == [("أعد التشغيل", "Relaunch")]
     verse = [row["en"] for row in rows(kit, "train/parallel/quran")]
     assert verse == [f"Say {name} of 1" for name in texts.TRANSLATIONS]  # its footnote gone
-    assert rows(kit, "train/text/commentaries_en")[0]["text"] == "Of it\nA long & plain explanation."
+    assert rows(kit, "train/text/english/commentaries_en")[0]["text"] == "Of it\nA long & plain explanation."
 
 
 def test_no_training_row_shares_eight_words_with_held_out_text(kit):

@@ -67,3 +67,30 @@ def test_of_a_source_so_many_training_records_are_taken_evenly(prepared, tmp_pat
     )
     assert few["part"] == ["arz"] * 7 and few["learnt from"] == 7
     assert few["held"] == whole["held"] > 20 and whole["learnt from"] == len(whole["whole"])
+
+
+def test_the_text_of_a_source_counts_so_many_times(tmp_path, monkeypatch):
+    for name, count in (("own", 3), ("rest", 5)):
+        rows = [{"id": f"{name}/{n}", "text": f"{name} {n}", "language": "ar"} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    told = [
+        f'Sources.files = {{"own": "{tmp_path}/own.jsonl", "rest": "{tmp_path}/rest.jsonl"}}',
+        'extend_tokenizer/Tokenizer.learn_from = ("own", "rest")',
+        'extend_tokenizer/Tokenizer.times = {"own": 4}',
+        'extend_tokenizer/Tokenizer.measure = ("documents/en",)',
+    ]
+    learnt = []
+
+    def stop(_, texts, **__):
+        learnt.extend(texts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extend_tokenizer.extend, "extend", stop)
+    resolved = resolve(read_bindings(SMALL), registry.SETTINGS, [parse_override(one) for one in told])
+    with pytest.raises(KeyboardInterrupt):
+        extend_tokenizer.run(registry.StageRun(resolved, tmp_path / "run", "extend_tokenizer"))
+    assert learnt == [f"own {n}" for n in range(3)] * 4 + [f"rest {n}" for n in range(5)]
+    with pytest.raises(ValueError, match=r"times names 'ow': .*did you mean 'own'"):
+        extend_tokenizer.Tokenizer(learn_from=("own",), times={"ow": 2})
+    with pytest.raises(ValueError, match=r"times\['own'\] = 0: expected a whole number, 1 or more"):
+        extend_tokenizer.Tokenizer(learn_from=("own",), times={"own": 0})
