@@ -7,6 +7,7 @@ machine may lack.
 
 import io
 import math
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,12 +15,17 @@ import numpy as np
 from matplotlib.ft2font import FT2Font, LoadFlags
 from PIL import Image
 
+# A font holds the size, the text and the bitmap that were set last, and all fonts share one FreeType: batches are made
+# by several threads, which would draw into one another's lines.
+ONE_AT_A_TIME = threading.Lock()
+
 
 @lru_cache(maxsize=128)
 def _font(path: str) -> tuple[FT2Font, frozenset[int]]:
     if not Path(path).is_file():
         raise ValueError(f"font {path!r}: no such file; give the path of a .ttf or .otf file")
-    font = FT2Font(path)
+    with ONE_AT_A_TIME:
+        font = FT2Font(path)
     return font, frozenset(font.get_charmap())
 
 
@@ -39,10 +45,11 @@ def draw_text(text: str, font_path: str | Path, size_px: float, angle: float = 0
     if missing:
         raise ValueError(f"text {text!r}: {Path(font_path).name} has no glyph for {missing!r}; choose another font")
     font, _ = _font(str(font_path))
-    font.set_size(size_px, 72)  # at 72 dots per inch a point is a pixel
-    font.set_text(text, angle, flags=LoadFlags.NO_HINTING)
-    font.draw_glyphs_to_bitmap(antialiased=True)
-    ink_HW = np.array(font.get_image())
+    with ONE_AT_A_TIME:
+        font.set_size(size_px, 72)  # at 72 dots per inch a point is a pixel
+        font.set_text(text, angle, flags=LoadFlags.NO_HINTING)
+        font.draw_glyphs_to_bitmap(antialiased=True)
+        ink_HW = np.array(font.get_image())
     if not ink_HW.any():
         raise ValueError(f"text {text!r}: leaves no ink; give at least one visible character")
     rows, columns = np.flatnonzero(ink_HW.any(axis=1)), np.flatnonzero(ink_HW.any(axis=0))

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +199,12 @@ def test_fonts_cover_letters_and_digits():
     for font in FONTS:
         assert missing_characters(letters + "0123456789", font) == ""
         assert Path(font).stat().st_size < 250_000
+
+
+def test_threads_draw_what_one_draws():
+    told = [(word, FONTS[n % len(FONTS)], 12 + n % 37) for n, word in enumerate(["كتاب", "مدرسة", "هذه", "لا"] * 60)]
+    alone = [draw_text(*one) for one in told]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda one: draw_text(*one), told * 4))
+    for found, wanted in zip(together, alone * 4, strict=True):
+        np.testing.assert_array_equal(found, wanted)
