@@ -14,6 +14,7 @@ left of the minutes, and the exported model is packed into OUT/model. Status 0: 
 """
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def go(asked: argparse.Namespace, rest: list[str]) -> int:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--force-reinstall"]
         subprocess.run([*pip, *wheels], check=True)
     root = asked.run_dir or Path("runs") / Path(asked.exp).stem
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root.with_name("compiled").absolute()))  # for the next stay
     train = ["launch/local.py", "--exp", asked.exp, "--run_dir", str(root), *rest]
     for program in (train, shlex.split(asked.then)):
         status = _until(end, program) if program else 0
