@@ -19,6 +19,13 @@ BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128":
 # and over 64 out of 512, it was seen to gather what is large.
 GATHER = "all-gather by all-reduce"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+# Between slices nothing is a collective any more: a chip sends to its host and receives what the hosts made of it.
+BETWEEN = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+}
 # Instructions that move nothing themselves.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "add-dependency"),
@@ -162,7 +169,20 @@ class Module:
         """By kind and by whether they leave the slice, the most bytes first."""
         found: dict[tuple[str, bool], Collective] = {}
         seen: set[tuple[str, str]] = set()
+
+        def add(kind: str, crosses: bool, count: float, size: float, wire: float) -> None:
+            one = found.get((kind, crosses), Collective(kind, between_slices=crosses))
+            found[kind, crosses] = dataclasses.replace(
+                one, count=one.count + count, bytes=one.bytes + count * size, wire=one.wire + count * wire
+            )
+
         for name, count, instruction in self.running():
+            if instruction.opcode == "send" and (told := _between(instruction.line)):
+                kind, slices = told
+                sent = self.computations[name][instruction.operands[0]].bytes()
+                times = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1.0}
+                add(kind, True, count, sent, sent * times.get(kind, (slices - 1) / slices))
+                continue
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
@@ -187,13 +207,7 @@ class Module:
             twice = kind in ("all-reduce", GATHER)
             wire = operands if kind == "collective-permute" else largest * share * (2 if twice else 1)
             crosses = bool(chips_per_slice) and any(len({d // chips_per_slice for d in g}) > 1 for g in groups)
-            before = found.get((kind, crosses), Collective(kind, between_slices=crosses))
-            found[kind, crosses] = dataclasses.replace(
-                before,
-                count=before.count + count,
-                bytes=before.bytes + count * largest,
-                wire=before.wire + count * wire,
-            )
+            add(kind, crosses, count, largest, wire)
         return sorted(found.values(), key=lambda c: -c.wire)
 
     def _gathers(self, name: str, instruction: Instruction) -> bool:
@@ -299,6 +313,19 @@ def _closing(text: str, start: int) -> int:
 def _number(line: str) -> int:
     found = re.search(r"parameter\((\d+)\)", line)
     return int(found[1]) if found else -1
+
+
+def _between(line: str) -> tuple[str, int] | None:
+    """Kind and number of slices of a transfer through the hosts; None for another one.
+
+    _xla_megascale_transfer_type="ALL_REDUCE",_xla_megascale_target="{1,2}x{0:15}" is an all-reduce of two slices
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+    slices = re.search(r'_xla_megascale_target="\{([^}]*)\}', line)
+    if kind is None or slices is None:
+        return None
+    named = [part.split(":") for part in slices[1].split(",")]
+    return BETWEEN.get(kind[1], kind[1].lower()), sum(int(part[-1]) - int(part[0]) + 1 for part in named)
 
 
 def _groups(line: str) -> list[tuple[int, ...]]:

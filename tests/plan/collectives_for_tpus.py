@@ -1,4 +1,4 @@
-"""Prints, as JSON, the collectives of a small program on 64 chips: run by test_tpu.py.
+"""Prints, as JSON, the collectives of a small program on 64 chips, and of one on two slices: run by test_tpu.py.
 
 A process of its own, because libtpu is loaded once by a process. Needs the libtpu wheel, and no TPU.
 """
@@ -47,4 +47,13 @@ x_BD = laid((64 * 128, D), "fsdp", dtype=jnp.bfloat16)
 with jax.set_mesh(MESH):
     places = (up_NDF.sharding, down_NFD.sharding)
     compiled = jax.jit(jax.grad(loss, (0, 1)), out_shardings=places).lower(up_NDF, down_NFD, x_BD).compile()
-print(json.dumps([dataclasses.asdict(c) for c in hlo.Module(compiled.as_text()).collectives()]))
+told = lambda compiled, chips: [dataclasses.asdict(c) for c in hlo.Module(compiled.as_text()).collectives(chips)]
+found = {"one": told(compiled, 0)}
+
+PODS = chips.read("2xv5e-16")
+MESH = sharding.make_mesh(sharding.Mesh(slice=2, data=1, fsdp=-1), compiler.devices(PODS))
+up_DF, x_BD = laid((D, F), "fsdp"), laid((32 * 128, D), ("slice", "fsdp"), dtype=jnp.bfloat16)
+with jax.set_mesh(MESH):
+    one_layer = lambda up_DF, x_BD: jnp.tanh(x_BD @ up_DF.astype(jnp.bfloat16)).astype(jnp.float32).sum()
+    compiled = jax.jit(jax.grad(one_layer), out_shardings=up_DF.sharding).lower(up_DF, x_BD).compile()
+print(json.dumps(found | {"two": told(compiled, 16)}))

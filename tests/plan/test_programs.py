@@ -53,6 +53,28 @@ def test_collectives_count_as_often_as_their_loop_runs():
     assert reduced.between_slices  # chips 0 and 32 are of two slices
 
 
+@pytest.mark.parametrize(
+    ("kind", "slices", "told", "wire"),
+    [
+        ("ALL_REDUCE", "1,2", "all-reduce", 1),
+        ("ALL_REDUCE", "0:3", "all-reduce", 2 * 3 / 4),
+        ("ALL_GATHER", "0:3", "all-gather", 3),
+        ("REDUCE_SCATTER", "1,2", "reduce-scatter", 1 / 2),
+        ("ALL_TO_ALL", "0:3", "all-to-all", 3 / 4),
+    ],
+)
+def test_what_goes_to_other_slices_goes_through_the_hosts(kind, slices, told, wire):
+    attributes = f'_xla_megascale_target="{{{slices}}}x{{0:31}}",_xla_megascale_transfer_type="{kind}"'
+    sent = "%sent = (bf16[64,8]{1,0}, u32[], token[]) send(%a, %token), is_host_transfer=true, frontend_attributes="
+    inside = TEXT.replace("  %last = ", f"  {sent}{{{attributes}}}\n  %last = ")
+    loop = hlo.Module(inside).collectives(chips_per_slice=64)
+    (found,) = [c for c in loop if c.between_slices]
+    assert (found.kind, found.count, found.bytes) == (told, 1, 64 * 8 * 2)
+    assert found.wire == pytest.approx(wire * found.bytes)
+    plain = inside.replace(attributes, 'rendezvous="a host callback"')
+    assert not [c for c in hlo.Module(plain).collectives(chips_per_slice=64) if c.between_slices]
+
+
 def test_collectives_that_share_a_channel_are_several():
     """As `shard_map` writes them; inside fusions one that runs beside other work stands in each that carries it on."""
     line = next(line for line in TEXT.splitlines(True) if "all-gather(" in line)

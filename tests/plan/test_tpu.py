@@ -103,7 +103,8 @@ def test_collectives_of_a_program_by_hand():
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    made = json.loads(done.stdout.splitlines()[-1])
+    found = made["one"]
     matrices = 3 * 2 * 1024 * 512 * 2  # bytes, in bfloat16
     gathers = [c for c in found if c["kind"].startswith("all-gather")]
     sums = [c for c in found if c["kind"] in ("all-reduce", "reduce-scatter")]
@@ -113,6 +114,11 @@ def test_collectives_of_a_program_by_hand():
     for c in found:
         twice = 2 if "all-reduce" in c["kind"] else 1
         assert c["wire"] == pytest.approx(twice * c["bytes"] * 63 / 64)
+    # Of two slices of 16 chips each adds up its gradients, and then a chip its sixteenth with that of the other slice.
+    (between,) = [c for c in made["two"] if c["between_slices"]]
+    part = 1024 * 512 // 16
+    assert (between["kind"], between["count"]) == ("all-reduce", 1)
+    assert between["bytes"] == between["wire"] and between["bytes"] in (2 * part, 4 * part)  # bfloat16 or float32
 
 
 def test_what_does_not_fit_is_told_with_what_would(tmp_path):
