@@ -2,15 +2,16 @@
 
     python launch/local.py --exp ain_135m --prepare                 here: extend the tokenizer, tokenise, pack
     python launch/lent.py pack parcels data/ain_135m models/SmolLM2-135M-Seeing runs/ain_135m wheels
-    ... copy this repository and the parts of parcels/ over; then there, in its root, again and again until it is done:
+    ... copy this repository and what lies in parcels/ over; then there, in its root, again and again until it is done:
     python launch/lent.py run parcels --exp ain_135m --minutes 8 --out out --then "benchmarks/ain_135m.py
         --kit data/ain_135m --model runs/ain_135m/export --out out/figures --dtype bfloat16"
     ... copy out/ back; here:
-    python launch/lent.py unpack out/model .
+    python launch/lent.py unpack out/ain_135m from_there
 
-Each `run` unpacks what is not unpacked yet, installs the wheels among it, and goes on with the experiment; when its
-minutes are over it saves and ends with status 75. When the experiment is finished the program after --then gets what is
-left of the minutes, and the exported model is packed into OUT/model. Status 0: all of that is done.
+wheels/ holds the packages that the machine lacks, as `pip download` brings them; leave it out where it lacks none. Each
+`run` unpacks what is not unpacked yet, installs the wheels among it, and goes on with the experiment; when its minutes
+are over it saves and ends with status 75. When the experiment is finished the exported model is packed into OUT, and
+the program after --then gets what is left of the minutes. Status 0: all of that is done.
 """
 
 import argparse
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     asked, rest = parser.parse_known_args(argv)
     if rest and asked.verb != "run":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if asked.verb == "run" and 60 * asked.minutes <= GRACE:
+        parser.error(f"--minutes {asked.minutes:g}: of these {GRACE} s are left for a save; give more")
     try:
         if asked.verb == "pack":
             made = parcels.pack(asked.paths, asked.into, asked.mib)
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             print("unpacked" if parcels.unpack(asked.parcels, asked.into) else "unpacked before")
         else:
             return go(asked, rest)
-    except (ValueError, OSError) as fault:
+    except (ValueError, OSError, subprocess.CalledProcessError) as fault:
         print(f"{Path(__file__).name}: {fault}", file=sys.stderr)
         return 1
     return 0
@@ -69,23 +72,23 @@ def go(asked: argparse.Namespace, rest: list[str]) -> int:
     from ain_jax.launching import parcels
 
     end = time.monotonic() + 60 * asked.minutes
-    fresh = parcels.unpack(asked.parcels, Path())
-    wheels = sorted(map(str, Path("wheels").glob("*.whl")))
-    if fresh and wheels:
+    parcels.unpack(asked.parcels, Path())
+    wheels, installed = sorted(map(str, Path("wheels").glob("*.whl"))), Path("wheels/.installed")
+    if wheels and (not installed.is_file() or installed.read_text("utf-8").split("\n") != wheels):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--force-reinstall"]
         subprocess.run([*pip, *wheels], check=True)
+        installed.write_text("\n".join(wheels), "utf-8")
     root = asked.run_dir or Path("runs") / Path(asked.exp).stem
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root.with_name("compiled").absolute()))  # for the next stay
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     train = ["launch/local.py", "--exp", asked.exp, "--run_dir", str(root), *rest]
-    for program in (train, shlex.split(asked.then)):
-        status = _until(end, program) if program else 0
-        if status:
-            return status
-    out = asked.out / "model"
-    if not (out / parcels.SUMS).is_file():
-        parcels.pack([root / "export"], out, asked.mib)
-    print(f"done: {len(list(out.glob('*.part')))} parts of the model in {out}")
-    return 0
+    if status := _until(end, train):
+        return status
+    export, out = root / "export", asked.out / root.name
+    if not (out / parcels.SUMS).is_file() or (out / parcels.SUMS).stat().st_mtime < export.stat().st_mtime:
+        parcels.pack([export], out, asked.mib)
+    print(f"the model: {len(list(out.glob('*.part')))} parts in {out}", flush=True)
+    return _until(end, shlex.split(asked.then)) if asked.then else 0
 
 
 def _until(end: float, program: list[str]) -> int:
@@ -96,10 +99,12 @@ def _until(end: float, program: list[str]) -> int:
     except subprocess.TimeoutExpired:
         process.terminate()
     try:
-        process.wait(max(end - time.monotonic(), 1))
+        status = process.wait(max(end - time.monotonic(), 1))
     except subprocess.TimeoutExpired:
         process.kill()  # the checkpoint before is what the next run goes on from
-        process.wait()
+        status = process.wait()
+    if status not in (0, 130) and status > 0:
+        return status  # a fault, which another stay would meet again
     print(f"the time is over: the same command goes on; {shlex.join(program)}")
     return AGAIN
 

@@ -3,16 +3,16 @@
 pack([data, models], parcels)   parcels/00000.part, 00001.part, ... and SHA256SUMS, which is written last
 unpack(parcels, place)          every part is compared with its sum before any file is written
 
-The parts together are one tar file compressed by Zstandard; `sha256sum -c SHA256SUMS` knows the sums as well.
+The parts together are one .tar.gz, so that Python alone opens them; `sha256sum -c SHA256SUMS` knows the sums as well.
 """
 
+import gzip
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import zstandard
 
 SUMS = "SHA256SUMS"
 MARK = ".unpacked"  # where parts were unpacked: the sums of the last ones
@@ -84,14 +84,15 @@ def pack(paths: Sequence[Path], into: Path, mib: int, root: Path = Path()) -> li
         old.unlink(missing_ok=True)
     parts, without_locks = _Parts(into, mib * MIB), lambda info: None if info.name.endswith(".lock") else info
     with (
-        zstandard.ZstdCompressor(level=10, threads=-1).stream_writer(parts, closefd=False) as compressed,
+        gzip.GzipFile(fileobj=parts, mode="wb", compresslevel=4, mtime=0) as compressed,
         tarfile.open(fileobj=compressed, mode="w|", dereference=True) as tar,
     ):
         for path, name in names.items():
             tar.add(path, name, filter=without_locks)
     parts.finish()
     beside = into / f"{SUMS}.tmp"
-    beside.write_text("".join(f"{told}  {name}\n" for name, told in parts.sums.items()), encoding="utf-8")
+    told = [f"# {len(parts.sums)} parts", *(f"{digest}  {name}" for name, digest in parts.sums.items())]
+    beside.write_text("\n".join(told) + "\n", encoding="utf-8")
     beside.replace(into / SUMS)
     return [into / name for name in parts.sums]
 
@@ -100,7 +101,7 @@ def _below(path: Path, root: Path) -> str:
     if not path.exists():
         raise ValueError(f"{path} is not there; expected a file or a folder to pack")
     try:
-        return str(path.absolute().relative_to(root.absolute()))
+        return str(Path(os.path.normpath(path.absolute())).relative_to(root.absolute()))
     except ValueError:
         raise ValueError(f"{path} lies outside {root.absolute()}: it would have no place at the other end") from None
 
@@ -117,12 +118,15 @@ def unpack(parcels: Path, into: Path) -> bool:
     mark, text = into / MARK, told.read_text(encoding="utf-8")
     if mark.is_file() and mark.read_text(encoding="utf-8") == text:
         return False
-    sums = {name: wanted for wanted, name in (line.split() for line in text.splitlines())}
+    head, *lines = text.splitlines() or [""]
+    sums = {name: wanted for wanted, _, name in (line.partition("  ") for line in lines)}
+    if head != f"# {len(sums)} parts" or not all(sums):
+        raise ValueError(f"{told} is not whole: it begins with {head!r}, and names {len(sums)} parts; copy it again")
     faults = [f"{name} {fault}" for name, wanted in sums.items() if (fault := _fault(parcels / name, wanted))]
     if faults:
         raise ValueError(f"of {len(sums)} parts in {parcels}: {', '.join(faults)}; copy them again")
     whole = io.BufferedReader(_Whole([parcels / name for name in sums]), MIB)
-    with zstandard.ZstdDecompressor().stream_reader(whole) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+    with gzip.GzipFile(fileobj=whole) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
         tar.extractall(into, filter="data")
     mark.write_text(text, encoding="utf-8")
     return True
