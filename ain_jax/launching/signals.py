@@ -33,19 +33,22 @@ def at_once() -> Iterator[None]:
 def _never_dropped() -> Iterator[None]:
     """Python drops what is raised in a destructor or in a callback of the garbage collector, and jax has one: a request
     that comes just then is made again."""
-    before, main = sys.unraisablehook, threading.main_thread().ident
+    before, main, timers = sys.unraisablehook, threading.main_thread().ident, list[threading.Timer]()
 
     def hook(told):
         if told.exc_type is not KeyboardInterrupt or main is None:
             return before(told)
         name = str(told.exc_value) or "SIGINT"
-        threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, signal.Signals[name])).start()
+        timers.append(threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, signal.Signals[name])))
+        timers[-1].start()
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
         sys.unraisablehook = before
+        for timer in timers:  # what it would say is known by now, or comes when nothing is left to stop
+            timer.cancel()
 
 
 @contextmanager
