@@ -25,6 +25,7 @@ BETWEEN = {
     "ALL_GATHER": "all-gather",
     "REDUCE_SCATTER": "reduce-scatter",
     "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
 }
 # Instructions that move nothing themselves.
 FREE = {
@@ -180,8 +181,9 @@ class Module:
             if instruction.opcode == "send" and (told := _between(instruction.line)):
                 kind, slices = told
                 sent = self.computations[name][instruction.operands[0]].bytes()
-                times = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1.0}
-                add(kind, True, count, sent, sent * times.get(kind, (slices - 1) / slices))
+                whole = sent * slices if kind == "all-gather" else sent
+                times = {"all-reduce": 2 * (slices - 1) / slices, "collective-permute": 1.0}
+                add(kind, True, count, whole, whole * times.get(kind, (slices - 1) / slices))
                 continue
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
@@ -321,11 +323,12 @@ def _between(line: str) -> tuple[str, int] | None:
     _xla_megascale_transfer_type="ALL_REDUCE",_xla_megascale_target="{1,2}x{0:15}" is an all-reduce of two slices
     """
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
-    slices = re.search(r'_xla_megascale_target="\{([^}]*)\}', line)
-    if kind is None or slices is None:
+    if kind is None:
         return None
-    named = [part.split(":") for part in slices[1].split(",")]
-    return BETWEEN.get(kind[1], kind[1].lower()), sum(int(part[-1]) - int(part[0]) + 1 for part in named)
+    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', line)
+    named = re.findall(r"(\d+)(?::(\d+))?", target[1]) if target else []
+    slices = sum(int(last or first) - int(first) + 1 for first, last in named)
+    return BETWEEN.get(kind[1], kind[1].lower()), max(slices, 2)
 
 
 def _groups(line: str) -> list[tuple[int, ...]]:
