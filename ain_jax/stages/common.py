@@ -299,10 +299,28 @@ class StageRun:
         builder = processes.first(lambda: sample_builder.build(kind, self.data, params))
         return sample_builder.records(builder, split), sample_builder.fingerprint(params)
 
-    def at_most(self, kind: str, split: str, records: Any) -> Any:
-        """The records of the source, or of a part of it, that `Sources.most` leaves, taken evenly."""
-        most = self.get(Sources).most.get(kind, len(records)) if split == "train" else len(records)
-        return records if most >= len(records) else records.take(np.linspace(0, len(records) - 1, most).astype(int))
+    def part(self, name: str, split: str) -> tuple[Any, str]:
+        """The records of a source named as in a mixture, of training so many as `Sources.most` leaves, taken evenly;
+        and a mark that changes with them. ValueError where it has no such part.
+        """
+        kind, label = source_parts(name)
+        records, mark = self.records(kind, split)
+        try:
+            if label == OTHERS:
+                mixture = self.resolved.stage(self.stage).get(Mixture.__name__)
+                if mixture is None:
+                    raise ValueError("what the others of a mixture are is asked for in a stage that has no mixture")
+                named = [part for source, part in map(source_parts, mixture.weights) if source == kind]
+                records, mark = records.without(set(named) - {OTHERS}), f"{mark} without {sorted(named)}"
+            elif label:
+                records = records.select(label)
+        except ValueError as error:
+            raise ValueError(f"source {name!r}: {error}") from None
+        mark, all_of_it = "/".join((mark, split, name)), len(records)
+        most = self.get(Sources).most.get(kind, all_of_it) if split == "train" else all_of_it
+        if most >= all_of_it:
+            return records, mark
+        return records.take(np.linspace(0, all_of_it - 1, most).astype(int)), f"{mark} {most} of {all_of_it}"
 
     def examples(
         self, name: str, split: str = "train", packing: Packing | None = None, part: int | None = None
@@ -314,20 +332,9 @@ class StageRun:
         each `part` of the stage has a share of the records of its own, cut by its own tokenizer.
         """
         packing = packing or self.get(Packing)
-        kind, label = source_parts(name)
-        whole, mark = self.records(kind, split)
-        try:
-            records = whole
-            if label == OTHERS:
-                named = [part for source, part in map(source_parts, self.get(Mixture).weights) if source == kind]
-                records, mark = whole.without(set(named) - {OTHERS}), f"{mark} without {sorted(named)}"
-            elif label:
-                records = whole.select(label)
-        except ValueError as error:
-            raise ValueError(f"source {name!r}: {error}") from None
-        tokenizer, mark, all_of_it = self.tokenizer, "/".join((mark, split, name)), len(records)
-        records = self.at_most(kind, split, records)
-        mark += "" if len(records) == all_of_it else f" {len(records)} of {all_of_it}"
+        kind, _ = source_parts(name)
+        records, mark = self.part(name, split)
+        tokenizer = self.tokenizer
         if part is not None:
             tokenizer, parts = self.part_tokenizers[part], len(self.part_tokenizers)
             records = records.take(range(part, len(records), parts))

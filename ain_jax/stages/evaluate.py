@@ -110,9 +110,7 @@ def _bits_per_byte(stage: common.StageRun, settings: Evaluation, params: Any, so
 
 
 def _texts(stage: common.StageRun, source: str, split: str) -> list[str]:
-    kind, language = common.source_parts(source)
-    records = stage.at_most(kind, split, stage.records(kind, split)[0])
-    texts = [r.text for r in records if not language or r.language == language]
+    texts = [record.text for record in stage.part(source, split)[0]]
     if not texts or not all(texts):
         raise ValueError(f"Evaluation.texts names {source!r}, which is not plain text alone: take it out")
     return texts

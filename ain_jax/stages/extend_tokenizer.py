@@ -159,9 +159,7 @@ def _rows(
 
 
 def _texts(stage: common.StageRun, source: str, split: str) -> Sequence[str]:
-    kind, language = common.source_parts(source)
-    records = stage.at_most(kind, split, stage.records(kind, split)[0])
-    texts = [r.text for r in records if r.text and (not language or r.language == language)]
+    texts = [r.text for r in stage.part(source, split)[0] if r.text]
     if not texts:
         raise ValueError(f"source {source!r} has no plain text in its split {split!r}; a tokenizer learns from text")
     return texts

@@ -58,6 +58,7 @@ def test_of_a_source_so_many_training_records_are_taken_evenly(prepared, tmp_pat
             "part": [r.language for r in stage.examples("own/arz").records],
             "held": len(stage.examples("own", "test")),
             "learnt from": len(extend_tokenizer._texts(stage, "own", "train")),
+            "part learnt from": len(extend_tokenizer._texts(stage, "own/arz", "train")),
         }
     few, whole = found[7], found[1000]
     places = [whole["whole"].index(n) for n in few["whole"]]
@@ -65,7 +66,7 @@ def test_of_a_source_so_many_training_records_are_taken_evenly(prepared, tmp_pat
     assert (
         len(places) == 7 and places[0] == 0 and places[-1] == len(whole["whole"]) - 1 and max(steps) <= min(steps) + 1
     )
-    assert few["part"] == ["arz"] * 7 and few["learnt from"] == 7
+    assert few["part"] == ["arz"] * 7 and few["learnt from"] == few["part learnt from"] == 7
     assert few["held"] == whole["held"] > 20 and whole["learnt from"] == len(whole["whole"])
 
 
