@@ -79,8 +79,8 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
     parser.add_argument(
         "--prepare",
         action="store_true",
-        help="extend the tokenizer, build, tokenise and pack the data of every stage, and stop before any learns: "
-        "a machine with accelerators then begins at once",
+        help="extend the tokenizer, build, tokenise and pack the data of every stage that learns, and stop before one "
+        "does: a machine with accelerators then begins at once",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the resolved experiment and stop")
     return parser.parse_args(argv)
@@ -224,8 +224,10 @@ def run(
 
 def prepare(resolved: Resolved, root: Path, only: str | None = None, shared: "registry.Shared | None" = None) -> int:
     """Run what comes before learning, and tokenise and pack what each stage learns from."""
+    from ain_jax.launching.processes import of_first
     from ain_jax.stages import prefer, registry, training
 
+    of_first(lambda: check_folder(resolved, root))
     for stage in [only] if only else resolved.experiment.stages:
         kind = resolved.experiment.kind(stage)
         if kind == registry.EXTEND:

@@ -48,6 +48,7 @@ def start(tmp_path_factory):
             arguments = ["--exp", "ain_minute", "--run_dir", str(folder), "--set", "Trainer.save_seconds=0.5"]
             print(json.dumps([str(log), point, *arguments]), file=server.stdin, flush=True)
             ended = server.stdout.readline()
+            assert ended, f"the server of runs is gone: {log.read_text('utf-8', 'replace')[-3000:]}"
             return int(ended), log.read_text("utf-8", "replace")
 
         yield run
