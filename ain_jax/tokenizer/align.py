@@ -143,7 +143,7 @@ def align(
     A single word that is longer is left out. Of a large corpus `most` parts are taken evenly; only the texts that they
     are taken from are cut. Raises ValueError where no text is left.
     """
-    texts = texts if most is None else [texts[i] for i in _evenly(len(texts), TEXTS_A_PART * most)]
+    texts = texts if most is None else [texts[int(i)] for i in _evenly(len(texts), TEXTS_A_PART * most)]
     parts = [part for text in texts for part in _parts(old, new, text, longest - 1)]
     encoded = [_encode(tokenizer, parts) for tokenizer in (old, new)]
     short = [i for i in range(len(parts)) if all(0 < len(side[i].ids) < longest for side in encoded)]
