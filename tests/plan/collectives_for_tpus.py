@@ -56,4 +56,10 @@ up_DF, x_BD = laid((D, F), "fsdp"), laid((32 * 128, D), ("slice", "fsdp"), dtype
 with jax.set_mesh(MESH):
     one_layer = lambda up_DF, x_BD: jnp.tanh(x_BD @ up_DF.astype(jnp.bfloat16)).astype(jnp.float32).sum()
     compiled = jax.jit(jax.grad(one_layer), out_shardings=up_DF.sharding).lower(up_DF, x_BD).compile()
-print(json.dumps(found | {"two": told(compiled, 16)}))
+
+# Two axes of a mesh on one axis of the torus, of one slice and of two.
+meshes = []
+for name, sizes in (("v5p-128", {"fsdp": 32, "tensor": 2}), ("2xv5p-128", {"slice": 2, "fsdp": 8, "sequence": 8})):
+    shape = sharding.make_mesh(sharding.Mesh(**{"data": 1} | sizes), compiler.devices(chips.read(name))).shape
+    meshes.append([name, {axis: size for axis, size in shape.items() if size > 1}])
+print(json.dumps(found | {"meshes": meshes, "two": told(compiled, 16)}))

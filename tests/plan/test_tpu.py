@@ -104,6 +104,10 @@ def test_collectives_of_a_program_by_hand():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout.splitlines()[-1])
+    assert made["meshes"] == [
+        ["v5p-128", {"fsdp": 32, "tensor": 2}],
+        ["2xv5p-128", {"slice": 2, "fsdp": 8, "sequence": 8}],
+    ]
     found = made["one"]
     matrices = 3 * 2 * 1024 * 512 * 2  # bytes, in bfloat16
     gathers = [c for c in found if c["kind"].startswith("all-gather")]
