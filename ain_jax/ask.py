@@ -34,16 +34,19 @@ class Answering:
     settings: Any  # how pictures are cut to patches; None where it sees none
     max_new_tokens: int = 128
     stop: Sequence[str] = ()
-    dtype: Any = jnp.float32  # of parameters and activations
+    dtype: Any = jnp.float32  # of activations
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: Path, dtype: Any = jnp.float32, **how: Any) -> "Answering":
-        """The model of a folder as ain_jax or transformers saves it. ValueError: it is none."""
+    def load(cls, folder: Path, dtype: Any = None, **how: Any) -> "Answering":
+        """The model of a folder as ain_jax or transformers saves it. ValueError: it is none.
+
+        `dtype` is that of parameters and activations; without one parameters stay as the files have them.
+        """
         params, config = load_folder(folder, dtype)
         settings = load_image_settings(folder, config) if config.vision is not None else None
         params = jax.tree.map(jnp.asarray, params)  # on the device, once for all calls
-        return cls(params, config, load_tokenizer(folder), settings, dtype=dtype, **how)
+        return cls(params, config, load_tokenizer(folder), settings, dtype=dtype or jnp.float32, **how)
 
     def prompt(self, said: str | Sequence[dict[str, str]], pictures: Sequence[bytes] = ()) -> Prompt:
         """What is decoded from: a question, with its pictures before it, or the turns of a conversation in which
