@@ -80,17 +80,12 @@ def make_mesh(settings: Mesh, devices: Sequence[Any] | None = None) -> jax.shard
         raise ValueError(f"{settings}: the devices lie on {len(slices)} slices: set Mesh.slice = {len(slices)}")
     # Auto on purpose: Explicit, make_mesh's default, covers fewer operations today.
     kinds = (AxisType.Auto,) * len(AXES)
-    one, across = None in slices or len(slices) == 1, (sizes[0], *[1] * len(sizes[1:]))
-    try:
-        if one:
-            return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
-        placed = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), across, devices)
-    except NotImplementedError:  # 32 x 2 on 4 x 4 x 4 chips: two axes of the mesh share an axis of the torus
-        placed = (
-            mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-            if one
-            else mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), across, devices, allow_split_physical_axes=True)
-        )
+    # Two axes share an axis of the torus only where no other way is left: 32 x 2 on 4 x 4 x 4 chips.
+    if None in slices or len(slices) == 1:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        across = (sizes[0], *[1] * len(sizes[1:]))
+        placed = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), across, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, AXES, axis_types=kinds)
 
 

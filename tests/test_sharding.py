@@ -100,8 +100,12 @@ class Described:
 
 def test_the_mesh_takes_all_devices(monkeypatch):
     made = {}
-    record = lambda sizes, names, axis_types, devices: made.update(zip(names, sizes, strict=True))
-    monkeypatch.setattr(jax, "make_mesh", record)
+
+    def record(sizes, devices, **_):
+        made.update(zip(sharding.AXES, sizes, strict=True))
+        return np.array(devices).reshape(sizes)
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", record)
     monkeypatch.setattr(jax, "devices", lambda: [object()] * 8)
     for asked, expected in (
         (sharding.Mesh(), (1, 8, 1, 1, 1)),
