@@ -182,8 +182,7 @@ class Module:
                 kind, slices = told
                 sent = self.computations[name][instruction.operands[0]].bytes()
                 whole = sent * slices if kind == "all-gather" else sent
-                times = {"all-reduce": 2 * (slices - 1) / slices, "collective-permute": 1.0}
-                add(kind, True, count, whole, whole * times.get(kind, (slices - 1) / slices))
+                add(kind, True, count, whole, _wire(kind, whole, slices))
                 continue
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
@@ -203,11 +202,9 @@ class Module:
             # A started one gives back its operands beside its results.
             results = instruction.bytes() - (operands if instruction.opcode != kind and kind != "all-reduce" else 0)
             largest = max(operands, results)
-            share = (size - 1) / size if size > 1 else 0.0
             if kind == "all-reduce" and self._gathers(name, instruction):
                 kind = GATHER
-            twice = kind in ("all-reduce", GATHER)
-            wire = operands if kind == "collective-permute" else largest * share * (2 if twice else 1)
+            wire = _wire(kind, operands if kind == "collective-permute" else largest, size)
             crosses = bool(chips_per_slice) and any(len({d // chips_per_slice for d in g}) > 1 for g in groups)
             add(kind, crosses, count, largest, wire)
         return sorted(found.values(), key=lambda c: -c.wire)
@@ -315,6 +312,14 @@ def _closing(text: str, start: int) -> int:
 def _number(line: str) -> int:
     found = re.search(r"parameter\((\d+)\)", line)
     return int(found[1]) if found else -1
+
+
+def _wire(kind: str, size: float, members: int) -> float:
+    """Bytes that each of so many sends by a ring, of an array of `size` bytes."""
+    if kind == "collective-permute":
+        return size
+    share = (members - 1) / members if members > 1 else 0.0
+    return size * share * (2 if kind in ("all-reduce", GATHER) else 1)
 
 
 def _between(line: str) -> tuple[str, int] | None:
