@@ -40,7 +40,7 @@ from ain_jax.stages import model_settings
 from ain_jax.stages.model_settings import Model, Start, absent
 from ain_jax.tokenizer import chat, schedule
 from ain_jax.tokenizer import folder as tokenizer_files
-from ain_jax.tokenizer.align import token_bytes
+from ain_jax.tokenizer.align import evenly, token_bytes
 from ain_jax.tokenizer.schedule import Vocabulary
 from ain_jax.tokenizer.with_template import Templated, with_template
 from ain_jax.train import checkpoint, rows
@@ -320,7 +320,7 @@ class StageRun:
         most = self.get(Sources).most.get(kind, all_of_it) if split == "train" else all_of_it
         if most >= all_of_it:
             return records, mark
-        return records.take(np.linspace(0, all_of_it - 1, most).astype(int)), f"{mark} {most} of {all_of_it}"
+        return records.take(evenly(all_of_it, most)), f"{mark} {most} of {all_of_it}"
 
     def examples(
         self, name: str, split: str = "train", packing: Packing | None = None, part: int | None = None

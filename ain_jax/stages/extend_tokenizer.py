@@ -78,7 +78,7 @@ def _run(stage: common.StageRun) -> dict[str, Any]:
     start = _base(stage)
     bar = tqdm(total=5, desc=f"{stage.stage:16}", unit="part", dynamic_ncols=True)
     of_source = {source: _texts(stage, source, "train") for source in settings.learn_from}
-    texts = [text for source, some in of_source.items() for text in (*some,) * settings.times.get(source, 1)]
+    texts = [text for some in of_source.values() for text in some]
     held_out = {source.rpartition("/")[2]: _texts(stage, source, "test") for source in settings.measure}
     bar.update()
     place = stage.folder / "tokenizer"
@@ -87,7 +87,8 @@ def _run(stage: common.StageRun) -> dict[str, Any]:
     else:
         how = {name: getattr(settings, name) for name in ("marks", "tatweel", "digits", "min_count", "longest")}
         how |= _template(start, stage.get(chat.Chat).template)
-        extension = extend.extend(start, texts, out_dir=place, pieces=settings.pieces, progress=False, **how)
+        counted = [text for source, some in of_source.items() for text in (*some,) * settings.times.get(source, 1)]
+        extension = extend.extend(start, counted, out_dir=place, pieces=settings.pieces, progress=False, **how)
     bar.update()
     report = audit.audit(start, place, held_out, changed_share=settings.changed_share)
     report.raise_if_failed()

@@ -143,11 +143,11 @@ def align(
     A single word that is longer is left out. Of a large corpus `most` parts are taken evenly; only the texts that they
     are taken from are cut. Raises ValueError where no text is left.
     """
-    texts = texts if most is None else [texts[int(i)] for i in _evenly(len(texts), TEXTS_A_PART * most)]
+    texts = texts if most is None else [texts[int(i)] for i in evenly(len(texts), TEXTS_A_PART * most)]
     parts = [part for text in texts for part in _parts(old, new, text, longest - 1)]
     encoded = [_encode(tokenizer, parts) for tokenizer in (old, new)]
     short = [i for i in range(len(parts)) if all(0 < len(side[i].ids) < longest for side in encoded)]
-    short = short if most is None else [short[i] for i in _evenly(len(short), most)]
+    short = short if most is None else [short[i] for i in evenly(len(short), most)]
     if not short:
         raise ValueError(
             f"{len(texts)} texts, none with a word of fewer than {longest} tokens; give text, or a larger row"
@@ -170,10 +170,10 @@ def align(
     )
 
 
-def _evenly(count: int, most: int) -> np.ndarray:
+def evenly(count: int, most: int) -> np.ndarray:
     """At most `most` of the numbers below `count`, first and last among them.
 
-    _evenly(9, 3): 0, 4, 8
+    evenly(9, 3): 0, 4, 8
     """
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)) if count else np.zeros(0, int)
 
