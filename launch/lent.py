@@ -110,5 +110,5 @@ def _until(end: float, program: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # the package may come with the wheels that are unpacked here
+    sys.path.insert(0, str(ROOT))  # nothing is installed there
     sys.exit(main())

@@ -14,6 +14,8 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ain_jax.kits.packages import sha256
+
 SUMS = "SHA256SUMS"
 MARK = ".unpacked"  # where parts were unpacked: the sums of the last ones
 MIB = 1 << 20
@@ -31,12 +33,8 @@ class _Parts(io.RawIOBase):
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), MIB):
-            self._write(view[start : start + MIB])
-        return len(view)
-
-    def _write(self, view: memoryview) -> None:
-        while len(view):
+        written = len(view)
+        while view:
             if self.part is None:
                 self.part = (self.folder / f"{len(self.sums):05d}.part").open("wb")
                 self.left, self.sum = self.size, hashlib.sha256()
@@ -46,6 +44,7 @@ class _Parts(io.RawIOBase):
             self.left, view = self.left - len(taken), view[len(taken) :]
             if not self.left:
                 self.finish()
+        return written
 
     def finish(self) -> None:
         """Close the part that is open."""
@@ -71,14 +70,14 @@ class _Whole(io.RawIOBase):
         return count or 0
 
 
-def pack(paths: Sequence[Path], into: Path, mib: int, root: Path = Path()) -> list[Path]:
-    """The parts that hold these files and folders, each by its path below `root`. Parts of before are replaced.
+def pack(paths: Sequence[Path], into: Path, mib: int) -> list[Path]:
+    """The parts that hold these files and folders, each by its path from here. Parts of before are replaced.
 
     `mib` is the most that a part may have, in MiB. Raises ValueError for what is not there or lies elsewhere.
     """
     if mib < 1:
         raise ValueError(f"parts of {mib} MiB; expected 1 or more")
-    names = {path: _below(path, root) for path in paths}
+    names = {path: _from_here(path) for path in paths}
     into.mkdir(parents=True, exist_ok=True)
     for old in (into / SUMS, *into.glob("*.part")):
         old.unlink(missing_ok=True)
@@ -97,13 +96,13 @@ def pack(paths: Sequence[Path], into: Path, mib: int, root: Path = Path()) -> li
     return [into / name for name in parts.sums]
 
 
-def _below(path: Path, root: Path) -> str:
+def _from_here(path: Path) -> str:
     if not path.exists():
         raise ValueError(f"{path} is not there; expected a file or a folder to pack")
     try:
-        return str(Path(os.path.normpath(path.absolute())).relative_to(root.absolute()))
+        return str(Path(os.path.normpath(path.absolute())).relative_to(Path.cwd()))
     except ValueError:
-        raise ValueError(f"{path} lies outside {root.absolute()}: it would have no place at the other end") from None
+        raise ValueError(f"{path} lies outside {Path.cwd()}: it would have no place at the other end") from None
 
 
 def unpack(parcels: Path, into: Path) -> bool:
@@ -135,5 +134,4 @@ def unpack(parcels: Path, into: Path) -> bool:
 def _fault(part: Path, wanted: str) -> str:
     if not part.is_file():
         return "is missing"
-    with part.open("rb") as file:
-        return "" if hashlib.file_digest(file, "sha256").hexdigest() == wanted else "is damaged"
+    return "" if sha256(part) == wanted else "is damaged"
