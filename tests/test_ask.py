@@ -2,10 +2,12 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from ain_jax import ask
 from ain_jax.ask import Answering
 from ain_jax.data.images import ImageSettings
 from ain_jax.generate import main
@@ -73,3 +75,11 @@ def test_wrong_calls_are_told(model, pictures, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--model", str(plain), "read", "--folder", str(pictures)])
     assert stopped.value.code == 2 and "is a qwen2 without an image encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "read", "activations"), [(None, None, "float32"), ("bfloat16",) * 3])
+def test_parameters_stay_as_the_files_have_them_unless_asked_otherwise(model, monkeypatch, asked, read, activations):
+    given, load = [], ask.load_folder
+    monkeypatch.setattr(ask, "load_folder", lambda folder, dtype: given.append(dtype) or load(folder, dtype))
+    found = Answering.load(model, asked)
+    assert given == [read] and jnp.dtype(found.dtype) == activations
