@@ -99,6 +99,45 @@ def norms(weight, a, b, inputs: int):
     return jnp.sqrt(jnp.maximum(square, TINY))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x, weight, axes: int):
+    """`x` and `weight` contracted over the last and the first `axes` axes, as `jnp.tensordot` does it.
+
+    Its gradients differ from those that JAX derives in one thing: where a product needs an operand turned over, that is
+    the narrower one. What computes the wide one is then not computed a second time, turned over, as XLA for CPUs does.
+    """
+    return jnp.tensordot(x, weight, axes)
+
+
+def _product_and_kept(x, weight, axes: int):
+    # What is frozen gets no gradient, so that the other operand need not be kept.
+    kept = x.value if weight.perturbed else None, weight.value if x.perturbed else None
+    return jnp.tensordot(x.value, weight.value, axes), kept
+
+
+def _product_gradients(axes: int, kept, by_y):
+    x, weight = kept
+    if isinstance(by_y, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    by_x = by_weight = None
+    if weight is not None:
+        new = weight.ndim - axes
+        last, rest = tuple(range(by_y.ndim - new, by_y.ndim)), tuple(range(axes, weight.ndim))
+        by_x = jax.lax.dot_general(by_y, weight, ((last, rest), ((), ())))
+    if x is not None:
+        over = tuple(range(x.ndim - axes))
+        if x.size <= by_y.size:
+            by_weight = jax.lax.dot_general(x, by_y, ((over, over), ((), ())))
+        else:
+            by_weight = jax.lax.dot_general(by_y, x, ((over, over), ((), ())))
+            new = by_weight.ndim - axes
+            by_weight = jnp.transpose(by_weight, (*range(new, by_weight.ndim), *range(new)))
+    return by_x, by_weight
+
+
+product.defvjp(_product_and_kept, _product_gradients, symbolic_zeros=True)
+
+
 class Einsum(nn.Module):
     """`x` contracted with one weight as `spec` says, e.g. "BLD,DNH->BLNH", plus a bias over the new axes."""
 
@@ -120,7 +159,7 @@ class Einsum(nn.Module):
         fan_in = math.prod(size for size, gone in zip(self.shape, summed, strict=True) if gone)
         init = declared(Normal(self.scale / math.sqrt(fan_in)), self.axes)
         weight: Any = self.param("weight", init, self.shape, jnp.float32)
-        y = jnp.tensordot(x.astype(self.dtype), gathered(weight.astype(self.dtype), self.axes), axes)
+        y = product(x.astype(self.dtype), gathered(weight.astype(self.dtype), self.axes), axes)
         if self.has_variable("lora", "a"):
             a, b = _pair(self)
             a, b = gathered(a, (*self.axes[:axes], "rank")), gathered(b, ("rank", *self.axes[axes:]))

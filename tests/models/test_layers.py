@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ain_jax.models.layers import Einsum, Embedding, Norm, check_remat, rotate, run_layers, text_rotary, vision_rotary
+from ain_jax.models.layers import (
+    Einsum,
+    Embedding,
+    Norm,
+    check_remat,
+    product,
+    rotate,
+    run_layers,
+    text_rotary,
+    vision_rotary,
+)
 
 
 def test_pairs_turn_with_time_then_height_then_width():
@@ -70,6 +80,34 @@ def test_a_projection_starts_with_outputs_of_the_size_of_its_inputs():
     assert boxed["weight"].names == ("embed", "heads", "head")
     assert boxed["bias"].names == ("heads", "head")
     assert float(jnp.std(layer.apply({"params": boxed}, x))) == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("shape, axes", [((6, 3, 2), 1), ((3, 2, 9), 2), ((6, 4), 1)], ids=str)
+def test_products_have_the_gradients_of_tensordot(shape, axes):
+    rng = np.random.default_rng(0)
+    x, weight = (
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 5, *((6,) if axes == 1 else (3, 2))), shape)
+    )
+
+    def gradients(multiply):
+        return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(multiply(x, w, axes))), (0, 1)))(x, weight)
+
+    for a, b in zip(gradients(product), gradients(jnp.tensordot), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("learnt, kept", [("x", "weight"), ("weight", "x")])
+def test_products_keep_the_operand_that_a_gradient_needs_alone(learnt, kept):
+    given = {"x": jnp.ones((2, 3, 4)), "weight": jnp.ones((4, 5))}
+
+    def of(value):
+        return product(**(given | {learnt: value}), axes=1)
+
+    _, pull = jax.vjp(of, given[learnt])
+    assert [leaf.shape for leaf in jax.tree.leaves(pull)] == [given[kept].shape]
+    jaxpr = jax.make_jaxpr(lambda value: jax.grad(lambda v: jnp.sum(of(v)))(value))(given[learnt]).jaxpr
+    assert str(jaxpr).count("dot_general") == 2  # the product and one gradient
 
 
 def test_an_id_outside_the_table_is_no_other_row():
