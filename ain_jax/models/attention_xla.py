@@ -1,6 +1,7 @@
 """Attention in plain XLA: what every backend must equal, on any device. No L x S array is held for long rows."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from ain_jax.models.attention_rules import Call, Run, promised
 
 Array = jax.Array
+PARTS, SHORTEST_PART = 4, 128  # of a row whose queries see no later key
 
 
 def refusal(call: Call) -> None:
@@ -19,7 +21,8 @@ def refusal(call: Call) -> None:
 def prepare(call: Call) -> Run:
     """Three ways to the same numbers:
 
-    - rows up to `chunk` long are taken at once;
+    - rows up to `chunk` long are taken at once, or where no query sees a later key in four parts, each with the keys up
+      to its end: less than two thirds of the products;
     - `longest` promises that no segment has more positions, so that each block of `longest` queries needs its own and
       the neighbouring keys only; a window is as good;
     - else queries are taken `chunk` at a time and computed again in the backward pass: chunk x S scores are held, not
@@ -37,7 +40,27 @@ def _run(call: Call, _, q_BLNH, k_BSKH, v_BSKH, segments_BL, key_segments_BS, fi
         return out_BLNH if rules.longest is None else promised(out_BLNH, key_segments_BS, rules.longest)
     if rules.chunk < L:
         return _chunked(attend, q_BLNH, k_BSKH, v_BSKH, segments_BL, key_segments_BS, rules, first)
-    return attend(q_BLNH, k_BSKH, v_BSKH, seen(segments_BL, key_segments_BS, rules.causal, rules.window, first))
+    several = call.own_row and call.parts == 1 and rules.causal
+    cuts = [part * L // PARTS for part in range(PARTS + 1)] if several and L >= PARTS * SHORTEST_PART else [0, L]
+    parts = []
+    for begin, end in itertools.pairwise(cuts):
+        keys = slice(end if several else None)
+        seen_BLS = seen(segments_BL[:, begin:end], key_segments_BS[:, keys], rules.causal, rules.window, first + begin)
+        parts.append(attend(q_BLNH[:, begin:end], k_BSKH[:, keys], v_BSKH[:, keys], seen_BLS))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+@jax.custom_jvp
+def _softmax(x):
+    """Over the last axis. `jax.nn.softmax` is derived through its exponentials, with twice the passes backwards."""
+    weights = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+@_softmax.defjvp
+def _(given, by_given):
+    weights, (by_x,) = _softmax(*given), by_given
+    return weights, weights * (by_x - jnp.sum(weights * by_x, axis=-1, keepdims=True))
 
 
 def _attend(q_BLNH, k_BSKH, v_BSKH, seen_BLS, scale: float, softcap: float | None):
@@ -51,7 +74,7 @@ def _attend(q_BLNH, k_BSKH, v_BSKH, seen_BLS, scale: float, softcap: float | Non
     if softcap is not None:
         scores_BKgS = softcap * jnp.tanh(scores_BKgS / softcap)
     scores_BKGLS = jnp.where(seen_BLS[:, None, None], scores_BKgS.reshape(B, K, N // K, L, -1), -1e30)
-    weights_BKgS = jax.nn.softmax(scores_BKGLS, axis=-1).astype(v_BSKH.dtype).reshape(scores_BKgS.shape)
+    weights_BKgS = _softmax(scores_BKGLS).astype(v_BSKH.dtype).reshape(scores_BKgS.shape)
     out_BKgH = jnp.einsum("BKgS,BKSH->BKgH", weights_BKgS, v_BKSH)
     return jnp.swapaxes(out_BKgH.reshape(B, N, L, H), 1, 2)
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ain_jax.models import attention_xla
 from ain_jax.models.attention import attention
 
 
@@ -73,6 +74,23 @@ def test_all_ways_have_the_same_gradients(causal):
     for other in others:
         for a, b in zip(at_once, other, strict=True):
             np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+@pytest.mark.parametrize("length", [11, 12])
+@pytest.mark.parametrize("rules", [{}, {"window": 9}], ids=str)
+def test_parts_of_a_row_equal_the_whole_and_leave_out_later_keys(rules, length, monkeypatch):
+    def computed():
+        q, k, v = (x[:, :length] for x in inputs())
+        segments_BL = jnp.asarray(np.where(np.arange(12) < 9, 1, 2)[None, :length].repeat(2, 0), jnp.int32)
+        loss = lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, segments_BL, causal=True, **rules)))
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(q, k, v).compile(), (q, k, v)
+
+    whole, given = computed()
+    monkeypatch.setattr(attention_xla, "SHORTEST_PART", 2)
+    parts, _ = computed()
+    for a, b in zip(jax.tree.leaves(whole(*given)), jax.tree.leaves(parts(*given)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=3e-6)
+    assert parts.cost_analysis()["flops"] < 0.9 * whole.cost_analysis()["flops"]
 
 
 def test_a_segment_does_not_see_another():
