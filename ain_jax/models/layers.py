@@ -159,7 +159,7 @@ class Einsum(nn.Module):
         fan_in = math.prod(size for size, gone in zip(self.shape, summed, strict=True) if gone)
         init = declared(Normal(self.scale / math.sqrt(fan_in)), self.axes)
         weight: Any = self.param("weight", init, self.shape, jnp.float32)
-        y = product(x.astype(self.dtype), gathered(weight.astype(self.dtype), self.axes), axes)
+        y: Any = product(x.astype(self.dtype), gathered(weight.astype(self.dtype), self.axes), axes)
         if self.has_variable("lora", "a"):
             a, b = _pair(self)
             a, b = gathered(a, (*self.axes[:axes], "rank")), gathered(b, ("rank", *self.axes[axes:]))
