@@ -25,6 +25,7 @@ from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles, ro
 from ain_jax.launching import processes
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig
+from ain_jax.models.layers import apart
 from ain_jax.models.multimodal import MultimodalModel
 
 
@@ -98,6 +99,8 @@ def generate(
     begin, advance = _compiled(config, max_new_tokens, temperature > 0, jnp.dtype(dtype).name)
     # Once: numpy arrays would be sent anew by each call of the two. What lies on devices, of many hosts even, stays.
     params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), params)
+    stacks = {name: apart(params["model"][name]) for name, *_ in config.text.stacks()}
+    params = params | {"model": params["model"] | stacks}
     waiting: list[tuple[list[int], Any]] = []
     for size in sorted(set(sizes)):
         # By length alone: rows that are left empty cost as much as rows padded to the next length.
@@ -180,7 +183,7 @@ def _begin(model, T: int, sampled: bool, params, arrays, drawing):
         "new_BT": jnp.zeros((B, T), jnp.int32).at[:, 0].set(token_B),
         "count_B": 1 - done_B.astype(jnp.int32),
         "done_B": done_B,
-        "cache": jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, T), (0, 0))), cache),
+        "cache": jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, T), (0, 0)]), cache),
     }
     texts = {"segments_BL": segments_BL, "length_B": length_B, "next_position_B": next_position_B}
     return texts, state

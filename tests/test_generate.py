@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import ain_jax.generate
 from ain_jax.generate import MOST_STOPS, Prompt, Speaker, _compiled, generate, main, rows_of
 from ain_jax.models.config import tiny
+from ain_jax.models.layers import apart
 from ain_jax.models.multimodal import MultimodalModel, init_params
 
 CONFIG = tiny(tied=False)
@@ -72,10 +73,12 @@ def test_the_answer_ends_before_the_stop_id(params, greedy):
     assert all(new == full[: len(new)] and stop not in new for new, full in zip(stopped, greedy, strict=True))
 
 
-def compiled_decoding(config, new_tokens):
+def compiled_decoding(config, new_tokens, whole=True):
     """(what reads prompts, the compiled loop of new tokens, what both are called with)."""
     begin, advance = _compiled(config, new_tokens, False, "float32")
     params = init_params(config, jax.random.key(0))
+    if not whole:
+        params["model"] |= {name: apart(params["model"][name]) for name, *_ in config.text.stacks()}
     arrays = rows_of([Prompt([5, 6, 7])], config, 2, 32, 0)
     drawing = {
         "place_B": np.zeros(2, np.int32),
@@ -95,6 +98,27 @@ def test_a_step_copies_no_whole_stack_of_layers(windows):
     copied = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(", loop.as_text())
     sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in copied]
     assert sizes and max(sizes) < min(stacks)
+
+
+@pytest.mark.parametrize("windows", [(0,), (8, 8, 0)])
+def test_on_a_cpu_a_step_reads_each_layer_where_it_lies(windows):
+    config = tiny(layers=8, windows=windows)
+    loops, sizes = [], set()
+    for whole in (True, False):
+        loop, (params, *_) = compiled_decoding(config, NEW, whole)
+        sizes = {x[0].size for x in jax.tree.leaves(params["model"]["layers"]["mlp"])} if whole else sizes
+        made = re.findall(r"= \w+\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast)[\w-]+\(", loop.as_text())
+        loops.append(sizes & {int(np.prod([int(n) for n in shape.split(",") if n])) for shape in made})
+    assert loops == [sizes, set()]
+
+
+def test_layers_apart_lie_in_the_memory_of_their_stack():
+    stack = {"even": jnp.arange(3 * 64.0).reshape(3, 8, 8), "odd": jnp.arange(9.0).reshape(3, 3)}
+    layers = apart(stack)
+    begin = stack["even"].unsafe_buffer_pointer()
+    assert [layer["even"].unsafe_buffer_pointer() - begin for layer in layers] == [0, 256, 512]
+    for i, layer in enumerate(layers):  # 12 bytes are no address that arrays may begin at: copied
+        np.testing.assert_array_equal(layer["odd"], stack["odd"][i])
 
 
 def test_prompts_of_uneven_length_fill_the_rows(params, monkeypatch):

@@ -453,8 +453,11 @@ def stacked(module: nn.Module, name: str, layer: nn.Module, count: int, *inputs:
     """The variables of `count` layers like `layer`, the layers on axis 0 of each array: {"params": ...}.
 
     Declared where they are new. `layer` has no parent; `inputs` are what it is called with. Where the model is applied
-    with adapters (`models/lora.py`), theirs stand beside under "lora".
+    with adapters (`models/lora.py`), theirs stand beside under "lora". Layers that are `apart` are given as they are.
     """
+    given = module.get_variable("params", name)
+    if isinstance(given, tuple):
+        return {"params": given}
 
     def declare(key):
         boxes = jax.vmap(lambda k: layer.init(k, *inputs)["params"])(jax.random.split(key, count))
@@ -467,11 +470,26 @@ def stacked(module: nn.Module, name: str, layer: nn.Module, count: int, *inputs:
     return variables
 
 
+def apart(stack: Any) -> Any:
+    """The parameters of each layer of a stack, in a tuple, or the stack itself where that would take memory.
+
+    On a CPU the layers share the memory of the stack. XLA for CPUs copies a layer out of its stack to read it, which is
+    much where little is done with it: a third of the time of decoding a token.
+    """
+    leaves = jax.tree.leaves(stack)
+    if any(len(leaf.devices()) > 1 or next(iter(leaf.devices())).platform != "cpu" for leaf in leaves):
+        return stack
+    seen = jax.tree.map(np.asarray, stack)
+    of_layer = lambda i: jax.tree.map(lambda array: jax.device_put(array[i], may_alias=True), seen)
+    return tuple(map(of_layer, range(len(leaves[0]))))
+
+
 def run_layers(variables: Any, kinds: Sequence[Any], x: Any, memory: Any, remat: str) -> tuple[Any, Any]:
     """(x, memory) behind all layers of a stack (see `stacked`), the functions `kinds` taking turns.
 
     A kind is called as `kind(variables of one layer, x, memory of one layer)` and gives x and memory back. One turn of
-    the kinds is the body of a scan, so compile time grows with the turn, not with the layers.
+    the kinds is the body of a scan, so compile time grows with the turn, not with the layers. Layers that are `apart`
+    run one by one, and their memories are a tuple.
     """
     check_remat(remat)
     # Under a name, so that the layer's input can be kept elsewhere than where the scan has it.
@@ -482,6 +500,12 @@ def run_layers(variables: Any, kinds: Sequence[Any], x: Any, memory: Any, remat:
     if policy is not None:
         kinds = [jax.checkpoint(kind, prevent_cse=False, policy=policy) for kind in kinds]
     size = len(kinds)
+    if isinstance(variables["params"], tuple):
+        memories = []
+        for i, params in enumerate(variables["params"]):
+            x, layer_memory = kinds[i % size]({"params": params}, x, None if memory is None else memory[i])
+            memories.append(layer_memory)
+        return x, tuple(memories)
     in_turns = (variables, memory)
     if size > 1:  # with an axis of size 1, XLA for CPUs copies the whole stack, when decoding for every token
         in_turns = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), in_turns)
