@@ -166,12 +166,15 @@ def _several() -> bool:
 
 def _check_stages(resolved: Resolved, root: Path) -> None:
     """Refuse settings that a later stage would stop at, all at once and before the first one runs."""
-    from ain_jax.stages import registry
+    from ain_jax.stages import learning, registry
 
     faults = []
     for stage in resolved.experiment.stages:
+        kind, settings = resolved.experiment.kind(stage), resolved.stage(stage)
         try:
-            registry.CHECK[resolved.experiment.kind(stage)](registry.StageRun(resolved, root, stage))
+            registry.CHECK[kind](registry.StageRun(resolved, root, stage))
+            if kind in registry.LOSS and (settings["Optimizer"].rates or settings["Lora"].rank):
+                learning.planned_parts(resolved, root, stage)
         except ValueError as fault:
             faults.append(str(fault))
     if faults:

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ class Trainer:
     keep_all: bool = False
 
 
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 SETTINGS = {"first": (Trainer,), "second": (Trainer,), "third": (Trainer,)}
 
 
@@ -181,3 +183,14 @@ def test_what_later_stages_refuse_is_told_before_the_first_one_runs(go, done, mo
         status, _, err = go(*more)
         assert status == 1 and "second cannot be" in err and "third cannot be" in err
     assert not done and not (tmp_path / "run").exists()
+
+
+def test_rates_of_a_later_stage_are_read_before_the_first_one_runs(tmp_path, capsys):
+    given = ["--exp", str(EXPERIMENTS / "ain_minute.gin"), "--run_dir", str(tmp_path / "run"), "--set"]
+    adapters = ["prefer/Lora.rank=2", "--set", "prefer/Optimizer.matrix_rate=0", "--set"]
+    for bindings, told in (
+        (['prefer/Optimizer.rates={"visual/mergr": 0.0}'], "prefer/Optimizer.rates names 'visual/mergr'"),
+        ([*adapters, 'prefer/Lora.targets=("q_prj",)'], "prefer/Lora: targets names 'q_prj'"),
+    ):
+        assert run.main([*given, *bindings]) == 1
+        assert told in capsys.readouterr().err and not (tmp_path / "run").exists()

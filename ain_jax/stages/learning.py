@@ -128,23 +128,37 @@ def show(stage: str, found: Iterable[Part], settings: Optimizer) -> None:
     console.print(drawn, highlight=False)
 
 
-def show_planned(resolved: Resolved, root: Path, stages: Iterable[str]) -> None:
-    """The tables of the stages of a run that is not begun, as far as the sizes of its model are known.
+def planned_parts(resolved: Resolved, root: Path, stage: str) -> tuple[list[Part], str]:
+    """The lines of a stage of a run that is not begun; or none, and why its model's sizes are not known yet.
 
     ValueError: a setting names what the model has not.
     """
     from ain_jax.plan.planned import planned  # which reads the settings of all stages
 
+    with tempfile.TemporaryDirectory() as nowhere:  # what a template adds to a tokenizer is written there
+        run = planned(resolved, root if root.is_dir() else Path(nowhere), stage, ())
+        try:
+            assert run.config
+        except (ValueError, OSError) as fault:
+            return [], str(fault)
+        try:
+            return parts(run), ""
+        except ValueError as fault:
+            raise ValueError(f"{stage}/{fault}") from None
+
+
+def show_planned(resolved: Resolved, root: Path, stages: Iterable[str]) -> None:
+    """The tables of the stages of a run that is not begun, as far as the sizes of its model are known.
+
+    ValueError: a setting names what the model has not.
+    """
     for stage in stages:
-        with tempfile.TemporaryDirectory() as nowhere:  # what a template adds to a tokenizer is written there
-            run = planned(resolved, root if root.is_dir() else Path(nowhere), stage, ())
-            try:
-                assert run.config
-            except (ValueError, OSError) as fault:
-                console = Console(stderr=True, force_jupyter=False)
-                console.print(f"{stage}: what learns cannot be told yet: {fault}", highlight=False)
-                continue
-            show(stage, parts(run), run.get(Optimizer))
+        found, unknown = planned_parts(resolved, root, stage)
+        if unknown:
+            console = Console(stderr=True, force_jupyter=False)
+            console.print(f"{stage}: what learns cannot be told yet: {unknown}", highlight=False)
+        else:
+            show(stage, found, resolved.stage(stage)[Optimizer.__name__])
 
 
 def _module(name: str) -> str:
