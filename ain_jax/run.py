@@ -102,6 +102,7 @@ def main(
     try:
         path = find_experiment(asked.exp, experiments)
         from ain_jax.launching import signals
+        from ain_jax.launching.processes import of_first
         from ain_jax.stages import learning, needs, registry  # import jax: a mistyped name is told before that
 
         bindings = read_bindings(path)
@@ -113,17 +114,19 @@ def main(
                 f"--stage {asked.stage!r}: {resolved.experiment.name} has no such stage: {nearest(asked.stage, stages)}"
             )
         root = asked.run_dir or Path("runs") / resolved.experiment.name
+        learns = [stage for stage in stages if resolved.experiment.kind(stage) in registry.LOSS]
         _check_stages(resolved, root)
         missing = needs.missing(resolved, root, asked.stage)
         if asked.dry_run:
             print(resolved.text(), end="")
-            learning.show_planned(resolved, root, (s for s in stages if resolved.experiment.kind(s) in registry.LOSS))
+            learning.show_planned(resolved, root, learns)
             print("".join(f"not here yet: {line}\n" for line in missing), end="", file=sys.stderr)
             return 0
         if missing:
             raise ExperimentError("\n".join(missing))
         with signals.at_once():
             join()
+            of_first(lambda: learning.check(resolved, root, learns))  # asks jax for devices: not before the join
             with _alone(root):
                 shared = None
                 if asked.data_dir or programs is not None:
@@ -166,15 +169,12 @@ def _several() -> bool:
 
 def _check_stages(resolved: Resolved, root: Path) -> None:
     """Refuse settings that a later stage would stop at, all at once and before the first one runs."""
-    from ain_jax.stages import learning, registry
+    from ain_jax.stages import registry
 
     faults = []
     for stage in resolved.experiment.stages:
-        kind, settings = resolved.experiment.kind(stage), resolved.stage(stage)
         try:
-            registry.CHECK[kind](registry.StageRun(resolved, root, stage))
-            if kind in registry.LOSS and (settings["Optimizer"].rates or settings["Lora"].rank):
-                learning.planned_parts(resolved, root, stage)
+            registry.CHECK[resolved.experiment.kind(stage)](registry.StageRun(resolved, root, stage))
         except ValueError as fault:
             faults.append(str(fault))
     if faults:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ain_jax.experiment import Resolved
+from ain_jax.experiment import ExperimentError, Resolved
 from ain_jax.launching import processes
 from ain_jax.models import lora
 from ain_jax.models.lora import Lora
@@ -128,6 +128,37 @@ def show(stage: str, found: Iterable[Part], settings: Optimizer) -> None:
     console.print(drawn, highlight=False)
 
 
+def check(resolved: Resolved, root: Path, stages: Iterable[str]) -> None:
+    """Refuse rates and adapters of any of these stages that name what its model has not, before the first one runs.
+
+    ExperimentError: all of them.
+    """
+    faults = []
+    for stage in stages:
+        settings = resolved.stage(stage)
+        if settings[Optimizer.__name__].rates or settings[Lora.__name__].rank:
+            try:
+                planned_parts(resolved, root, stage)
+            except ValueError as fault:
+                faults.append(str(fault))
+    if faults:
+        raise ExperimentError("\n".join(dict.fromkeys(faults)))
+
+
+def show_planned(resolved: Resolved, root: Path, stages: Iterable[str]) -> None:
+    """The tables of the stages of a run that is not begun, as far as the sizes of its model are known.
+
+    ValueError: a setting names what the model has not.
+    """
+    for stage in stages:
+        found, unknown = planned_parts(resolved, root, stage)
+        if unknown:
+            console = Console(stderr=True, force_jupyter=False)
+            console.print(f"{stage}: what learns cannot be told yet: {unknown}", highlight=False)
+        else:
+            show(stage, found, resolved.stage(stage)[Optimizer.__name__])
+
+
 def planned_parts(resolved: Resolved, root: Path, stage: str) -> tuple[list[Part], str]:
     """The lines of a stage of a run that is not begun; or none, and why its model's sizes are not known yet.
 
@@ -145,20 +176,6 @@ def planned_parts(resolved: Resolved, root: Path, stage: str) -> tuple[list[Part
             return parts(run), ""
         except ValueError as fault:
             raise ValueError(f"{stage}/{fault}") from None
-
-
-def show_planned(resolved: Resolved, root: Path, stages: Iterable[str]) -> None:
-    """The tables of the stages of a run that is not begun, as far as the sizes of its model are known.
-
-    ValueError: a setting names what the model has not.
-    """
-    for stage in stages:
-        found, unknown = planned_parts(resolved, root, stage)
-        if unknown:
-            console = Console(stderr=True, force_jupyter=False)
-            console.print(f"{stage}: what learns cannot be told yet: {unknown}", highlight=False)
-        else:
-            show(stage, found, resolved.stage(stage)[Optimizer.__name__])
 
 
 def _module(name: str) -> str:
