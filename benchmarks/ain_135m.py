@@ -251,7 +251,9 @@ def main() -> None:
                 figures = MAKE[part](model, given.kit, given.share)
                 told = {"figures": figures, "seconds": round(time.perf_counter() - begin, 1)}
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                beside = path.with_name(f"{path.name}.tmp")  # a machine that is taken away leaves no half of a figure
+                beside.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                beside.replace(path)
                 print(f"{folder.name} {part}: {told['seconds']} s", flush=True)
             found[folder.name][part] = json.loads(path.read_text(encoding="utf-8"))["figures"]
     tesseract = given.kit / "held/tesseract.json"
