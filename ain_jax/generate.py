@@ -22,7 +22,7 @@ import numpy as np
 from ain_jax.data.images import ImageSettings, open_image, preprocess
 from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions, visual_tokens
 from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles, row_features
-from ain_jax.launching import processes
+from ain_jax.launching import machine, processes
 from ain_jax.models.attention import attention
 from ain_jax.models.config import ClipConfig, ModelConfig, VisionConfig
 from ain_jax.models.layers import apart
@@ -424,4 +424,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    machine.prepare()
     main()

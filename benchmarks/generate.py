@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ain_jax.generate import Prompt, generate
+from ain_jax.launching import machine
 from ain_jax.weights.load import load_folder
 
 SMOLLM2_135M = {
@@ -187,6 +188,7 @@ def main(given: argparse.Namespace) -> None:
     threads = min(given.threads or len(cores), len(cores))
     os.sched_setaffinity(0, cores[:threads])  # XLA makes as many threads as it sees cores
     torch.set_num_threads(threads)
+    machine.prepare()  # as python -m ain_jax.generate does; both sides keep what they free
     transformers.utils.logging.disable_progress_bar()
     clock, console, rows = CLOCKS[given.clock], Console(width=None if sys.stdout.isatty() else 130), []
     with tempfile.TemporaryDirectory() as made:

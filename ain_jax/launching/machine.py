@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,9 +36,11 @@ def has_tpu() -> bool:
 
 
 def prepare() -> None:
-    """Set what has to be set before jax is imported; what the caller has set stays."""
+    """Set what has to be set before jax is asked for its devices; what the caller has set stays."""
     if not has_gpu() and not has_tpu():  # else a stray plug-in is asked for devices that are not there
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if jax := sys.modules.get("jax"):  # imported before: it has read its variables
+            jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
         keep_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
