@@ -34,6 +34,7 @@ from ain_jax.data.files_text import (
     is_remote,
     json_lines,
     open_binary,
+    remote,
 )
 
 __all__ = ["Part", "Row", "decode", "find", "mark", "parts", "rows"]
@@ -113,7 +114,7 @@ def find(pattern: str) -> list[str]:
 
 
 def _find(pattern: str) -> list[str]:
-    path = epath.Path(pattern)
+    path = remote(pattern)
     if path.is_dir():
         return _folder(path)
     if path.exists():

@@ -33,10 +33,19 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def remote(path: str) -> epath.Path:
+    """The path, if etils.epath reaches addresses of its kind; else a ValueError."""
+    try:
+        return epath.Path(path)
+    except KeyError:
+        kind = path[: path.index("://") + 3]
+        raise ValueError(f"files at {kind} cannot be reached; expected gs://, s3:// or a path here") from None
+
+
 def open_binary(path: str) -> IO[bytes]:
     """The open file, here or wherever etils.epath reaches (gs://, s3:// ...); BrokenFile if it cannot be opened."""
     try:
-        return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")
+        return remote(path).open("rb") if is_remote(path) else open(path, "rb")
     except (OSError, ValueError, ImportError) as error:
         raise BrokenFile(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

@@ -14,7 +14,7 @@ from urllib.parse import unquote, unquote_to_bytes
 from etils import epath
 
 from ain_jax.data import drawn
-from ain_jax.data.files_text import is_remote, short
+from ain_jax.data.files_text import is_remote, remote, short
 from ain_jax.data.formats import open_picture, video_faults
 from ain_jax.data.forms_video import VIDEO_FILES, Sampling, frames, is_video
 
@@ -45,12 +45,13 @@ def video(
             return ()
     if isinstance(ref, str):
         try:
-            path = epath.Path(_path(ref, folder))
-            is_folder = path.is_dir()
+            # Frames lie in no other store: such an address is not even looked up.
+            path = None if "://" in ref.removeprefix("gs://") else epath.Path(_path(ref, folder))
+            is_folder = path is not None and path.is_dir()
         except (OSError, ValueError, ImportError) as error:
             found.append(f"{told}: {getattr(error, 'strerror', None) or error}")
             return ()
-        if "://" in ref.removeprefix("gs://") or not is_folder:
+        if path is None or not is_folder:
             found.append(
                 f"{told}: no such folder in {folder or '.'}, and no video's file ({', '.join(sorted(VIDEO_FILES))}); "
                 "give a list of its frames as pictures, a folder of them, or a video's file"
@@ -151,9 +152,9 @@ def _file(ref: str, folder: str) -> bytes:
     path = _path(ref, folder)
     try:
         if is_remote(path):
-            if not epath.Path(path).is_file():
+            if not remote(path).is_file():
                 raise ValueError(f"no picture {_name(ref)} in {folder or '.'}")
-            return epath.Path(path).read_bytes()
+            return remote(path).read_bytes()
         if not os.path.isfile(path):
             raise ValueError(f"no picture {_name(ref)} in {folder or '.'}{_near(path)}")
         size = os.path.getsize(path)

@@ -78,6 +78,7 @@ JUNK = [
 ]
 JUNK += [
     "https://x.org/a.png",
+    "ftp://x.org/a.mp4",
     "data:image/png;base64,AAAA",
     "../..",
     "gpt",
