@@ -26,6 +26,7 @@ from ain_jax.data.files_tables import arrow_rows, cut_arrow, cut_parquet, parque
 from ain_jax.data.files_tar import cut_tar, tar_rows
 from ain_jax.data.files_text import (
     BrokenFile,
+    as_path,
     cut_lines,
     decode,
     documents,
@@ -34,7 +35,6 @@ from ain_jax.data.files_text import (
     is_remote,
     json_lines,
     open_binary,
-    remote,
 )
 
 __all__ = ["Part", "Row", "decode", "find", "mark", "parts", "rows"]
@@ -114,7 +114,7 @@ def find(pattern: str) -> list[str]:
 
 
 def _find(pattern: str) -> list[str]:
-    path = remote(pattern)
+    path = as_path(pattern)
     if path.is_dir():
         return _folder(path)
     if path.exists():
@@ -250,6 +250,6 @@ def mark(paths: Sequence[str]) -> str:
                 digest.update(hashlib.sha256(file.read()).digest())
         else:
             # As a float: archives and copies keep no nanoseconds, and what was made of a file shall outlive its move.
-            changed = epath.Path(path).stat().mtime if is_remote(path) else os.stat(path).st_mtime
+            changed = as_path(path).stat().mtime if is_remote(path) else os.stat(path).st_mtime
             digest.update(str(changed).encode())
     return digest.hexdigest()[:16]

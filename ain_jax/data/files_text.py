@@ -33,7 +33,7 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def remote(path: str) -> epath.Path:
+def as_path(path: str) -> epath.Path:
     """The path, if etils.epath reaches addresses of its kind; else a ValueError."""
     try:
         return epath.Path(path)
@@ -45,7 +45,7 @@ def remote(path: str) -> epath.Path:
 def open_binary(path: str) -> IO[bytes]:
     """The open file, here or wherever etils.epath reaches (gs://, s3:// ...); BrokenFile if it cannot be opened."""
     try:
-        return remote(path).open("rb") if is_remote(path) else open(path, "rb")
+        return as_path(path).open("rb") if is_remote(path) else open(path, "rb")
     except (OSError, ValueError, ImportError) as error:
         raise BrokenFile(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -203,7 +203,7 @@ def pieces(cuts: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
 
 
 def file_size(path: str) -> int:
-    return epath.Path(path).stat().length if is_remote(path) else os.path.getsize(path)
+    return as_path(path).stat().length if is_remote(path) else os.path.getsize(path)
 
 
 # Documents

@@ -11,10 +11,8 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
-from etils import epath
-
 from ain_jax.data import drawn
-from ain_jax.data.files_text import is_remote, remote, short
+from ain_jax.data.files_text import as_path, is_remote, short
 from ain_jax.data.formats import open_picture, video_faults
 from ain_jax.data.forms_video import VIDEO_FILES, Sampling, frames, is_video
 
@@ -46,7 +44,7 @@ def video(
     if isinstance(ref, str):
         try:
             # Frames lie in no other store: such an address is not even looked up.
-            path = None if "://" in ref.removeprefix("gs://") else epath.Path(_path(ref, folder))
+            path = None if "://" in ref.removeprefix("gs://") else as_path(_path(ref, folder))
             is_folder = path is not None and path.is_dir()
         except (OSError, ValueError, ImportError) as error:
             found.append(f"{told}: {getattr(error, 'strerror', None) or error}")
@@ -152,9 +150,10 @@ def _file(ref: str, folder: str) -> bytes:
     path = _path(ref, folder)
     try:
         if is_remote(path):
-            if not remote(path).is_file():
+            stored = as_path(path)
+            if not stored.is_file():
                 raise ValueError(f"no picture {_name(ref)} in {folder or '.'}")
-            return remote(path).read_bytes()
+            return stored.read_bytes()
         if not os.path.isfile(path):
             raise ValueError(f"no picture {_name(ref)} in {folder or '.'}{_near(path)}")
         size = os.path.getsize(path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ain_jax.data.files_text import is_remote, remote
+from ain_jax.data.files_text import as_path, file_size, is_remote
 from ain_jax.data.formats import size_fault
 
 VIDEO_FILES = frozenset((".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"))
@@ -75,13 +75,13 @@ def frames(file: str | bytes, told: str, sampling: Sampling) -> tuple[bytes, ...
 def _opened(file: str | bytes, told: str) -> Iterator[Any]:
     if isinstance(file, str) and not os.path.isfile(file) and not is_remote(file):
         raise ValueError(f"{told}: no such file")
-    size = len(file) if isinstance(file, bytes) else remote(file).stat().length
+    size = len(file) if isinstance(file, bytes) else file_size(file)
     if not size:
         raise ValueError(f"{told}: video of 0 bytes; expected an encoded file such as MP4 or WebM")
     if isinstance(file, bytes):
         yield io.BytesIO(file)
     elif is_remote(file):
-        with remote(file).open("rb") as source:
+        with as_path(file).open("rb") as source:
             yield source
     else:
         yield file
