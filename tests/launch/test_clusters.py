@@ -50,16 +50,20 @@ sys.exit({status})
     [(30, 0, True, True), (0, 0, False, False), (0, 1, False, False), (0, 130, False, False)],
     ids=["limit", "done", "fault", "cancelled"],
 )
+@pytest.mark.parametrize("pause", [0, 0.3], ids=["", "slow"])
 def test_only_the_time_limit_queues_a_job_again(
-    launcher, fake, tmp_path, monkeypatch, seconds, status, signalled, queued
+    launcher, fake, tmp_path, monkeypatch, pause, seconds, status, signalled, queued
 ):
     _, script = submitted(launcher, fake, tmp_path, "--set", "Mixture.weights = {'a b': 1}")
     srun, scontrol = fake("srun", SRUN.format(seconds=seconds, status=status)), fake("scontrol")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    # A shell that pauses before each of its commands: the run can have ended before the shell looks for it.
+    (tmp_path / "env").write_text(f"trap 'sleep {pause}' DEBUG\n" if pause else "")
+    monkeypatch.setenv("BASH_ENV", str(tmp_path / "env"))
     with subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None and job.stdout.readline() == "running\n"
         if signalled:
-            time.sleep(0.2)
+            time.sleep(0.2 + 5 * pause)
             os.kill(job.pid, signal.SIGUSR1)  # as Slurm does to the shell alone
         assert job.wait(20) == (130 if signalled else status)
     assert scontrol.calls == ([["requeue", "7"]] if queued else [])
