@@ -25,7 +25,6 @@ LONG = (
     "test_twins.py",
     "test_published_folder.py",
     "test_extended_folder.py",
-    "test_twins.py",
 )
 
 TEXTS = ["ما هذه الكلمة؟ هذه الكلمة هي الحرية", "اقرأ الكلمة", "هذه هي الحرية"] * 2
