@@ -7,7 +7,7 @@
 
 A cell and a seed are one run in a folder of its own, the very run that `launch/` starts with the same bindings
 (`commands`): so a grid may be run on other machines, and read here. Runs of one process share what they compiled and
-the data that they built (`stages.common.Shared`). What is measured are held-out texts, in bits per byte
+the data that they built (`stages.run_settings.Shared`). What is measured are held-out texts, in bits per byte
 (`train/watch.py`).
 
 With 3 seeds little can be told, and nothing is told beyond that: an interval is Student's, of a difference it is that

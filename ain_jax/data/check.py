@@ -103,7 +103,7 @@ def check(path: Path, asked: argparse.Namespace, experiments: Path) -> Report:
     """The report of an experiment's training stages."""
     from ain_jax import run
     from ain_jax.data.mixture import Mixture
-    from ain_jax.stages import common, registry
+    from ain_jax.stages import registry, run_settings
 
     resolved = resolve(read_bindings(path), registry.SETTINGS, [parse_override(text) for text in asked.overrides])
     name, root = resolved.experiment.name, asked.run_dir or Path("runs") / resolved.experiment.name
@@ -117,8 +117,8 @@ def check(path: Path, asked: argparse.Namespace, experiments: Path) -> Report:
     if asked.source and asked.source not in known:
         raise ExperimentError(f"--source {asked.source!r}: not in the mixture: {nearest(asked.source, known)}")
     run.check_folder(resolved, root)  # the plan is kept there: that of another experiment would be overwritten
-    first = next((s for s in resolved.experiment.stages if resolved.experiment.kind(s) == common.EXTEND), None)
-    if first and not (root / common.EXTEND / "tokenizer").is_dir():
+    first = next((s for s in resolved.experiment.stages if resolved.experiment.kind(s) == run_settings.EXTEND), None)
+    if first and not (root / run_settings.EXTEND / "tokenizer").is_dir():
         print(f"no tokenizer in {root} yet: the stage {first} is run first", file=sys.stderr)
         again = [f"--set={text}" for text in asked.overrides]
         status = run.main(["--exp", str(path), "--run_dir", str(root), "--stage", first, *again], "", experiments)

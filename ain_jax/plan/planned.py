@@ -21,9 +21,10 @@ from ain_jax.data.tiles import TileSettings
 from ain_jax.experiment import Resolved
 from ain_jax.models.config import ClipConfig, ModelConfig, published
 from ain_jax.stages import prefer
-from ain_jax.stages.common import EXTEND, StageRun, sample_path
+from ain_jax.stages.common import StageRun, sample_path
 from ain_jax.stages.extend_tokenizer import Tokenizer
 from ain_jax.stages.model_settings import Model, sized
+from ain_jax.stages.run_settings import EXTEND
 from ain_jax.tokenizer import base
 from ain_jax.train.loop import Trainer
 from ain_jax.train.preferences import Preference

@@ -17,6 +17,7 @@ from ain_jax.data import examples
 from ain_jax.experiment import nearest
 from ain_jax.launching import processes
 from ain_jax.stages import common
+from ain_jax.stages.run_model import NEW_ROWS
 from ain_jax.tokenizer import audit, base, chat, extend, folder, inspect, templates, with_template
 from ain_jax.weights import embeddings, load, rows_report
 from ain_jax.weights.embeddings import Embeddings
@@ -146,7 +147,7 @@ def _rows(
     first_token = examples.first_token(stage.tokenizer)
     corpus = embeddings.Corpus(old, new, texts, kept, first_token)
     spelt = embeddings.replaced(extension)
-    path = stage.folder / common.NEW_ROWS
+    path = stage.folder / NEW_ROWS
     if not path.is_file():
         embeddings.save_rows(path, embeddings.make_rows(params, config, extension.base_size, spelt, settings, corpus))
     grown = embeddings.grow_tables(

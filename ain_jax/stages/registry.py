@@ -13,11 +13,12 @@ from ain_jax.models.lora import Lora
 from ain_jax.plan.estimate import Budget
 from ain_jax.sharding import Mesh
 from ain_jax.stages import evaluate, export, extend_tokenizer, instruct, prefer, pretrain, training
-from ain_jax.stages.common import EXTEND, Shared, StageRun
+from ain_jax.stages.common import StageRun
 from ain_jax.stages.evaluate import Evaluation
 from ain_jax.stages.export import Export
 from ain_jax.stages.extend_tokenizer import Tokenizer
 from ain_jax.stages.model_settings import Model, Start
+from ain_jax.stages.run_settings import EXTEND, Shared
 from ain_jax.tokenizer.chat import Chat
 from ain_jax.tokenizer.schedule import Vocabulary
 from ain_jax.train.loop import Trainer

@@ -18,8 +18,9 @@ from ain_jax.models import lora
 from ain_jax.models.lora import Lora
 from ain_jax.plan import flops
 from ain_jax.stages import watching
-from ain_jax.stages.common import EXTEND, StageRun
+from ain_jax.stages.common import StageRun
 from ain_jax.stages.model_settings import Start
+from ain_jax.stages.run_settings import EXTEND
 from ain_jax.tokenizer import schedule
 from ain_jax.tokenizer.schedule import Vocabulary
 from ain_jax.train import checkpoint, losses, metrics, optimizer, peaks, rows, state, step, watch

@@ -27,7 +27,7 @@ MARKS = {"pack_plan": "abc", "tokenizer": "def"}
 
 
 class Run:
-    """What `stages.common.fit` puts together, around a model of one table."""
+    """What `stages.training.fit` puts together, around a model of one table."""
 
     def __init__(self, folder):
         source = worked.examples([worked.example(i, 5 + i % 9) for i in range(30)])
