@@ -6,6 +6,7 @@ from typing import Any
 
 from ain_jax.models.hf_families import (
     ACTIVATIONS,
+    ALL_TURNED,
     CLIP,
     CLIP_ACTIVATIONS,
     CLIP_DEFAULTS,
@@ -114,7 +115,7 @@ def _text(family: Family, flat: dict[str, Any], faults: list[str]) -> dict[str, 
     """Arguments of `TextConfig`."""
     known = {*family.text, *IDS, *_window_names(family), *_rope_names(family)}
     known |= {*VISION_IDS, "text_config", "vision_config"} if family.vision else set()
-    faults += _faults(flat, {**family.only, **NOT_QUANTISED}, known | SILENT, "")
+    faults += _faults(flat, {**family.only, **NOT_QUANTISED, **ALL_TURNED}, known | SILENT, "")
     given = dict(family.text) | {k: v for k, v in flat.items() if k in family.text}
     text = {TEXT[k]: v for k, v in given.items() if k in TEXT} | dict(family.fixed)
     if text["activation"] in ACTIVATIONS:
@@ -247,6 +248,10 @@ def _scaling(rope: Mapping[str, Any], max_positions: int, faults: list[str]) -> 
         return None
     names = SCALINGS.get(kind, {})
     unknown = rope.keys() - {"type", "rope_type", "mrope_section", "rope_theta"} - set(names.values())
+    unknown -= {name for name, values in ALL_TURNED.items() if rope.get(name) in values}
+    if unknown and not rope.keys() & {"type", "rope_type"}:
+        faults.append(f"rope settings {', '.join(sorted(unknown))} without rope_type; expected {', '.join(SCALINGS)}")
+        return None
     if kind in ("linear", "dynamic"):
         unknown -= {"original_max_position_embeddings"}
     faults += [f"rope setting {key}={rope[key]!r} is not handled" for key in sorted(unknown)]
@@ -352,7 +357,8 @@ def _written_windows(family: Family, text: Any) -> dict[str, Any]:
         first = next((i for i, w in enumerate(by_layer) if w), text.layers)
         written |= {"use_sliding_window": bool(window), "max_window_layers": first}
     if family.windows == "pattern":
-        written["sliding_window_pattern"] = len(text.windows)
+        # A model that ends before its first full layer has no turn to tell: one longer than the model.
+        written["sliding_window_pattern"] = text.layers + 1 if all(by_layer) else len(text.windows)
     if family.windows != "all":
         written["layer_types"] = ["sliding_attention" if w else "full_attention" for w in by_layer]
     if window and [bool(w) for w in by_layer] != _rule(family, written, text.layers):

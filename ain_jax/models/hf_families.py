@@ -84,7 +84,7 @@ KINDS = {
     **dict.fromkeys(["rms_norm_eps", "layer_norm_eps", "mlp_ratio", "rope_theta", "rope_local_base_freq"], NUMBER),
     **dict.fromkeys(["query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"], NUMBER),
     **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast"], NUMBER),
-    **dict.fromkeys(["attention_factor", "tokens_per_second"], NUMBER),
+    **dict.fromkeys(["attention_factor", "tokens_per_second", "mscale", "mscale_all_dim"], NUMBER),
     **dict.fromkeys(["tie_word_embeddings", "mlp_bias", "attention_bias", "use_sliding_window", "truncate"], FLAG),
     **dict.fromkeys(["hidden_act", "hidden_activation", "rope_type", "type"], STRING),
     **dict.fromkeys(["mrope_section", "fullatt_block_indexes"], WHOLES),
@@ -122,6 +122,7 @@ def _sizes(vocabulary, width, mlp_width, layers, heads, kv_heads, positions, eps
 
 NO_DROPOUT = {"attention_dropout": (0.0, None)}
 NOT_QUANTISED = {"quantization_config": (None,)}
+ALL_TURNED = {"partial_rotary_factor": (1.0, None)}  # rotary positions turn the whole width of a head
 CAUSAL = {"use_bidirectional_attention": (None, False)}
 GEMMA = {"norm_plus_one": True, "scale_embedding": True, "qkv_bias": False}
 QWEN2_IDS: dict[str, Any] = {

@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 from ain_jax.data.examples import tokenizer_fingerprint
 from ain_jax.launching import processes
+from ain_jax.models.config import to_hf
 from ain_jax.models.lora import Lora
 from ain_jax.stages import common
 from ain_jax.stages.model_settings import Start
 from ain_jax.weights import export
 from ain_jax.weights.adapters import save_adapters
+from ain_jax.weights.load import load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,8 @@ def run(stage: common.StageRun) -> dict[str, Any]:
 
 def check(stage: common.StageRun) -> None:
     """Refuse, before anything runs, what this stage could not write."""
+    if stage.base and (stage.base / "config.json").is_file():
+        to_hf(load_config(stage.base))
     settings = stage.get(Export)
     _refuse(stage, settings.stage, settings.merge_lora)
 

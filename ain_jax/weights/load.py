@@ -27,12 +27,21 @@ from ain_jax.models.multimodal import abstract_params, axis_names
 from ain_jax.weights.shards import DTYPES, Stored, read_json, stored
 from ain_jax.weights.table import Place, canonical, groups, our_shape, published, rearrange, sizes, their_shape
 
+COMPUTED = (".inv_freq", ".position_ids")  # buffers that older folders hold beside their weights; we compute them
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The config in the folder's `config.json`."""
-    return from_hf(read_json(Path(folder) / "config.json"))
+    """The config in the folder's `config.json`; ids that end an answer are those of `generation_config.json` too,
+    where there is one: transformers decodes by that file."""
+    folder = Path(folder)
+    config, file = from_hf(read_json(folder / "config.json")), folder / "generation_config.json"
+    ends = read_json(file).get("eos_token_id") if file.is_file() else None
+    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int and 0 <= end < config.text.vocabulary for end in found):
+        raise ValueError(f"{file}: eos_token_id={ends!r}; expected an id of the model's vocabulary, or a list of such")
+    more = [end for end in found if end not in config.stop_ids]
+    return dataclasses.replace(config, eos_token_id=(*config.stop_ids, *more)) if more else config
 
 
 def load_image_settings(folder: str | Path, config: ModelConfig) -> ImageSettings | TileSettings:
@@ -68,7 +77,7 @@ def load_params(
     """
     folder, letters = Path(folder), sizes(config)
     places = {canonical(place.name): place for place in published(config) if place.path.startswith(part)}
-    tensors = [tensor for tensor in stored(folder) if not tensor.name.startswith(beside)]
+    tensors = [t for t in stored(folder) if not t.name.startswith(beside) and not t.name.endswith(COMPUTED)]
     faults = _faults(tensors, places, letters, config.text.tied, cast=dtype is not None)
     if faults:
         raise ValueError(f"{folder}: {len(faults)} faults:\n  " + "\n  ".join(faults))

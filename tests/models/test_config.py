@@ -1,5 +1,6 @@
 import dataclasses
 
+import families
 import pytest
 
 from ain_jax.models.config import (
@@ -205,3 +206,30 @@ def test_impossible_sizes_are_refused_together():
 def test_a_text_model_needs_no_picture_ids():
     text = TextConfig(vocabulary=32, width=16, mlp_width=32, layers=1, heads=2, kv_heads=2, head_width=8)
     assert ModelConfig(text).vision is None
+
+
+def test_a_gemma_3_that_ends_before_its_first_full_layer():
+    short = dataclasses.replace(families.TEXTS["gemma 3"].text, layers=3, windows=(8,))
+    config = dataclasses.replace(families.TEXTS["gemma 3"], text=short)
+    assert from_hf(to_hf(config)) == config
+    old = {name: value for name, value in to_hf(config).items() if name != "layer_types"}
+    assert from_hf(old) == config  # by the rule of transformers 4
+
+
+def test_rotary_positions_that_are_told_oddly():
+    written = to_hf(llama_3_8b())
+    assert from_hf(written | {"partial_rotary_factor": 1.0}) == llama_3_8b()
+    assert from_hf(written | {"rope_parameters": written["rope_parameters"] | {"partial_rotary_factor": 1.0}}).text
+    for odd, words in (
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; expected 1.0"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"factor": 4.0}},
+            "rope settings factor without rope_type; expected",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": "1"}},
+            "mscale='1'; expected a number above 0",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            from_hf(written | odd)

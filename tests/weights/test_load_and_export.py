@@ -208,3 +208,34 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizer_folder, tmp_pa
     with pytest.raises(ValueError, match=r"has 32022 ids, and the model \d+ rows: it is another model's"):
         export_folder(random_params(config), config, tokenizer_folder, SETTINGS, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_answers_end_where_the_generation_config_says_too(tmp_path, tokenizer_dir):
+    config, _ = OTHERS["llama"]
+    config = dataclasses.replace(config, eos_token_id=3)
+    folder = written(tmp_path / "published", config, random_params(config))
+    write_json(folder / "generation_config.json", {"eos_token_id": [6, 3], "temperature": 0.6})
+    params, found = load_folder(folder)
+    assert found.stop_ids == (3, 6)
+    again = export_folder(params, found, tokenizer_dir, None, tmp_path / "again")
+    assert json.loads((again / "generation_config.json").read_text())["eos_token_id"] == [3, 6]
+    for odd in ({"eos_token_id": 10**6}, {"eos_token_id": ["</s>"]}):
+        write_json(folder / "generation_config.json", odd)
+        with pytest.raises(ValueError, match="generation_config.json: eos_token_id=.*; expected an id of the model"):
+            load_folder(folder)
+
+
+def test_buffers_that_older_folders_hold_are_passed_over(tmp_path):
+    config, _ = OTHERS["llava"]
+    params = random_params(config)
+    folder = written(tmp_path / "old", config, params)
+    tensors = load_file(folder / "model.safetensors")
+    (layer,) = (
+        name.split("self_attn")[0]
+        for name in tensors
+        if name.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in name
+    )
+    tensors[f"{layer}self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = np.arange(5)[None]
+    save_file(tensors, folder / "model.safetensors")
+    assert same(load_folder(folder)[0], params)
