@@ -18,7 +18,7 @@ file without it counts one token too few for each picture.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,14 +169,14 @@ def feature_index(height: int, width: int, settings: TileSettings) -> np.ndarray
     return np.concatenate([base, closed.reshape(-1)])
 
 
-def row_features(features: Sequence[np.ndarray], line_end: int) -> np.ndarray:
-    """`feature_index` of each picture, counted on over the pictures, and `line_end` for the end of a line.
+def row_features(features: Sequence[np.ndarray], patches: Iterable[int], line_end: int) -> np.ndarray:
+    """`feature_index` of each picture, which has so many patches, counted on over the pictures, and `line_end` for the
+    end of a line.
 
     That is P in a row of P patches. Pictures of 4 and 2 in a row of 8, each with one line end: 0 1 2 3 8 4 5 8
     """
     moved, first = [], 0
-    for index_M in features:
-        own = int(index_M.max())  # the picture's patches; every picture has a line end
+    for index_M, own in zip(features, patches, strict=True):
         moved.append(np.where(index_M == own, line_end, index_M + first))
         first += own
     return np.concatenate(moved)

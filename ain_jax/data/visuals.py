@@ -94,8 +94,8 @@ def laid(record: Record, grids_m3: np.ndarray, settings: PictureSettings) -> dic
         opened = [images.open_image(picture) for picture in media if isinstance(picture, bytes)]
         indices = [feature_index(picture.height, picture.width, settings) for picture in opened]
         patches = [preprocess_tiles(picture, settings)[0] for picture in opened]
-        fields["features_M"] = row_features(indices, LINE_END)
         fields["patch_counts"] = tuple(int(np.prod(grid)) for grid in grids)
+        fields["features_M"] = row_features(indices, fields["patch_counts"], LINE_END)
     else:
         patches = [_patches(medium, settings) for medium in media]
         fields["patch_counts"] = tuple(rows * columns for frames, rows, columns in grids for _ in range(frames))

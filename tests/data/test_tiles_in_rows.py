@@ -18,7 +18,8 @@ from ain_jax.data.packing import Packing
 from ain_jax.models.multimodal import init_params
 from ain_jax.tokenizer.extend import padded_vocab
 
-SIZES = [[(16, 16)], [(40, 12), (9, 30)], [(25, 31)], []]  # width and height of the pictures of each conversation
+# Width and height of the pictures of each conversation. Of the flat one no row is left, and so no end of a line.
+SIZES = [[(16, 16)], [(40, 12), (9, 30)], [(25, 31)], [(160, 2), (40, 12)], []]
 
 
 def png(width, height, seed):
@@ -68,10 +69,11 @@ def rows(examples, model, packing, order, folder):
 def test_a_row_is_laid_as_decoding_lays_a_prompt(examples, model, tmp_path):
     config, _ = model
     settings = families.picture_settings(config)
-    for number in range(3):
+    for number in range(4):
         batch = rows(examples, model, Packing(row_tokens=256, row_patches=160), [[number]], tmp_path)
         tokens_L = examples.tokens_T[examples.starts_S[number] : examples.starts_S[number + 1]]
         prompt = generate.prompt_with_images(tokens_L, examples.records[number].images, settings)
+        assert len(prompt.patches_PK) == examples.sizes()[number][1]
         laid = generate.rows_of([prompt], config, 1, 256, 160)
         for name in ("tokens_BL", "feature_index_BL", "patches_BPK"):
             np.testing.assert_array_equal(getattr(batch, name), laid[name], err_msg=name)

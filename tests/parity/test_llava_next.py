@@ -34,6 +34,7 @@ def picture(width: int, height: int) -> Image.Image:
 TALKS = {
     "one wide picture": [1, 2, (40, 13), 3, 4],
     "two uneven pictures": [(16, 30), 5, 6, (20, 20), 7],
+    "a flat picture, of which no row is left": [(160, 2), 5, 6, (20, 20), 7],
     "no picture": [8, 9, 10, 11, 12],
 }
 

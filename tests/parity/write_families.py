@@ -48,7 +48,7 @@ def write_family(name: str, config: ModelConfig, out: Path) -> None:
     if prompt.patches_PK is not None:
         given["pixel_values"] = prompt.patches_PK
     if isinstance(config.vision, ClipConfig):
-        given["tiles"] = np.array([index_M.max() // config.vision.tile_patches for index_M in prompt.features])
+        given["tiles"] = np.array([tiles for tiles, *_ in prompt.grids])
     np.savez(
         folder.with_suffix(".npz"),
         case=name,
