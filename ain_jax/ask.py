@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ain_jax.data.formats import open_picture
-from ain_jax.generate import Prompt, Speaker, generate, placeholder_counts, prompt_with_images
+from ain_jax.generate import Prompt, Speaker, generate, placeholder_counts, prompt_faults, prompt_with_images
 from ain_jax.models.config import ModelConfig
 from ain_jax.tokenizer.chat import encode_prompt, load_tokenizer
 from ain_jax.weights.load import load_folder, load_image_settings
@@ -48,9 +48,18 @@ class Answering:
         params = jax.tree.map(jnp.asarray, params)  # on the device, once for all calls
         return cls(params, config, load_tokenizer(folder), settings, dtype=dtype or jnp.float32, **how)
 
-    def prompt(self, said: str | Sequence[dict[str, str]], pictures: Sequence[bytes] = ()) -> Prompt:
-        """What is decoded from: a question, with its pictures before it, or the turns of a conversation in which
-        "<image>" says where they stand. A model without a chat template goes on from the question itself."""
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: the model's, and special tokens among the stop strings, which no text shows."""
+        special = {token.content: id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        named = [special[stop] for stop in self.stop if stop in special]
+        return tuple(dict.fromkeys([*self.config.stop_ids, *named]))
+
+    def prompt(self, said: str | Sequence[dict[str, str]], pictures: Sequence[Any] = ()) -> Prompt:
+        """What is decoded from: a question, with its pictures (PIL or encoded) before it, or the turns of a
+        conversation in which "<image>" says where they stand. A model without a chat template goes on from the question
+        itself.
+        """
         if pictures and self.settings is None:
             raise ValueError(
                 f"the model is a {self.config.family} without an image encoder: it can be shown no picture"
@@ -75,7 +84,7 @@ class Answering:
         """
         speaker = Speaker(self.tokenizer, self.stop, tell)
         watch = speaker if tell or self.stop else None
-        stops = self.config.stop_ids
+        stops = self.stop_ids
         how = {**self.sampling, "seed": self.sampling.get("seed", 0) + before, "dtype": self.dtype}
         found = generate(self.params, self.config, prompts, self.max_new_tokens, stops, rows=rows, watch=watch, **how)
         return [speaker.finish(number, ids) for number, ids in enumerate(found)]
@@ -95,11 +104,14 @@ class Answering:
             faults: dict[Path, str] = {}
             for path in paths[start : start + rows]:
                 try:
-                    data = path.read_bytes()
-                    open_picture(data, str(path))
-                    prompts[path] = self.prompt(text, [data])
+                    prompt = self.prompt(text, [open_picture(path.read_bytes(), str(path))])
                 except (ValueError, OSError) as error:
                     faults[path] = str(error)
+                    continue
+                if wrong := prompt_faults(prompt, self.config, self.max_new_tokens):
+                    faults[path] = f"{path}: the prompt with this picture " + "; ".join(wrong)
+                else:
+                    prompts[path] = prompt
             said = self.answers(list(prompts.values()), rows, before=start) if prompts else ()
             answers = dict(zip(prompts, said, strict=True))
             for path in paths[start : start + rows]:

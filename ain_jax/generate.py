@@ -9,6 +9,7 @@ its own.
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ain_jax.data.formats import open_picture
 from ain_jax.data.images import ImageSettings, open_image, preprocess
 from ain_jax.data.positions import Grid, feature_count, mrope_positions, patch_positions, visual_tokens
 from ain_jax.data.tiles import TileSettings, feature_index, preprocess_tiles, row_features
@@ -35,7 +37,7 @@ class Prompt:
 
     tokens_L: Any
     patches_PK: np.ndarray | None = None
-    grids: tuple[Grid, ...] = ()
+    grids: tuple[Grid, ...] = ()  # of LLaVA-NeXT: tiles, and the patches of their sides
     # LLaVA-NeXT: for each picture which of its features stands at which placeholder, see `data.tiles.feature_index`.
     features: tuple[np.ndarray, ...] = ()
     seconds: tuple[float, ...] | None = None  # between two patches in time, of each grid; Qwen2.5-VL alone reads them
@@ -50,9 +52,10 @@ def prompt_with_images(
         return Prompt(np.asarray(tokens_L))
     if isinstance(settings, TileSettings):
         opened = [open_image(image) for image in images]
-        patches_PK = np.concatenate([preprocess_tiles(image, settings)[0] for image in opened])
+        tiled = [preprocess_tiles(image, settings) for image in opened]
+        grids = tuple((len(tiles), settings.side, settings.side) for _, tiles in tiled)
         features = tuple(feature_index(image.height, image.width, settings) for image in opened)
-        return Prompt(np.asarray(tokens_L), patches_PK, features=features)
+        return Prompt(np.asarray(tokens_L), np.concatenate([patches for patches, _ in tiled]), grids, features)
     cut = [preprocess(image, settings) for image in images]
     return Prompt(np.asarray(tokens_L), np.concatenate([patches for patches, _ in cut]), tuple(grid for _, grid in cut))
 
@@ -85,10 +88,13 @@ def generate(
     `watch(prompt, ids)` is told every `every` tokens what a prompt has so far, and ends it by returning True: text is
     streamed, and ended at a string, by such a function (`Speaker`).
     """
-    _check(prompts, config, max_new_tokens, stop_ids)
+    _check(prompts, config, max_new_tokens, stop_ids, temperature, seed)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    unit = config.vision.tile_patches if isinstance(config.vision, ClipConfig) else 1  # whole tiles
+    unit = 1
+    if config.vision is not None:  # whole tiles, or whole features
+        seen = config.vision
+        unit = seen.tile_patches if isinstance(seen, ClipConfig) else seen.merge_size**2
     most = max(0 if prompt.patches_PK is None else len(prompt.patches_PK) for prompt in prompts)
     patches = unit * _bucket(-(-most // unit))
     lengths = [len(prompt.tokens_L) for prompt in prompts]
@@ -291,7 +297,7 @@ def rows_of(prompts: Sequence[Prompt], config: ModelConfig, B: int, L: int, P: i
             arrays["patch_positions_BP2"][row, :patches] = grid_positions
             arrays["patch_segments_BP"][row, :patches] = np.repeat(np.arange(len(counts)) + 1, counts)
         else:
-            index_M = row_features(prompt.features, P)
+            index_M = row_features(prompt.features, (int(np.prod(grid)) for grid in prompt.grids), P)
             if len(index_M) != is_image_L.sum():
                 raise ValueError(
                     f"{is_image_L.sum()} image tokens, but the {len(prompt.features)} pictures take {len(index_M)}"
@@ -319,26 +325,44 @@ def _bucket(count: int) -> int:
     return max(32, 1 << (count - 1).bit_length())
 
 
-def _check(prompts: Sequence[Prompt], config: ModelConfig, max_new_tokens: int, stop_ids: Sequence[int]) -> None:
+def prompt_faults(prompt: Prompt, config: ModelConfig, max_new_tokens: int) -> list[str]:
+    """Why a model cannot decode so many tokens from a prompt."""
+    tokens_L, faults = np.asarray(prompt.tokens_L), []
+    if tokens_L.ndim != 1 or not len(tokens_L):
+        return [f"has shape {tokens_L.shape}; expected at least one id"]
+    if len(tokens_L) + max_new_tokens > config.text.max_positions:
+        faults.append(
+            f"of {len(tokens_L)} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{config.text.max_positions} positions"
+        )
+    if tokens_L.min() < 0 or tokens_L.max() >= config.text.vocabulary:
+        faults.append(f"holds ids outside 0 to {config.text.vocabulary - 1}")
+    given = 0 if prompt.patches_PK is None else len(prompt.patches_PK)
+    expected = sum(int(np.prod(grid)) for grid in prompt.grids)
+    if given != expected or (given and config.vision is None):
+        faults.append(f"has {given} patches, but its pictures have {expected}")
+    return faults
+
+
+def _check(
+    prompts: Sequence[Prompt],
+    config: ModelConfig,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    temperature: float,
+    seed: int,
+) -> None:
     faults = []
+    if max_new_tokens < 0:
+        faults.append(f"max_new_tokens={max_new_tokens}; expected 0 or more")
+    if not 0 <= temperature < math.inf:
+        faults.append(f"temperature={temperature}; expected 0, which takes the likeliest token, or above")
+    if not 0 <= seed < 2**63:
+        faults.append(f"seed={seed}; expected 0 to 2**63 - 1")
     if len(stop_ids) > MOST_STOPS:
         faults.append(f"{len(stop_ids)} stop ids; expected {MOST_STOPS} at most")
     for i, prompt in enumerate(prompts):
-        tokens_L = np.asarray(prompt.tokens_L)
-        if tokens_L.ndim != 1 or not len(tokens_L):
-            faults.append(f"prompt {i} has shape {tokens_L.shape}; expected at least one id")
-            continue
-        if len(tokens_L) + max_new_tokens > config.text.max_positions:
-            faults.append(
-                f"prompt {i} of {len(tokens_L)} tokens and {max_new_tokens} new ones exceed the model's "
-                f"{config.text.max_positions} positions"
-            )
-        if tokens_L.min() < 0 or tokens_L.max() >= config.text.vocabulary:
-            faults.append(f"prompt {i} holds ids outside 0 to {config.text.vocabulary - 1}")
-        given = 0 if prompt.patches_PK is None else len(prompt.patches_PK)
-        expected = sum(int(np.prod(grid)) for grid in prompt.grids) + sum(int(f.max()) for f in prompt.features)
-        if given != expected or (given and config.vision is None):
-            faults.append(f"prompt {i} has {given} patches, but its pictures have {expected}")
+        faults += [f"prompt {i} {fault}" for fault in prompt_faults(prompt, config, max_new_tokens)]
     if faults:
         raise ValueError("generate: " + "; ".join(faults))
 
@@ -414,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 faults += "fault" in line
                 print(json.dumps(line, ensure_ascii=False), flush=True)
         else:
-            prompt = model.prompt(given.text, [path.read_bytes() for path in given.image])
+            prompt = model.prompt(given.text, [open_picture(path.read_bytes(), str(path)) for path in given.image])
             model.answers([prompt], tell=lambda _, text: print(text, end="", flush=True))
             print()
     except (ValueError, OSError) as error:

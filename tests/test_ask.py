@@ -1,6 +1,9 @@
 """Questions to a model's folder: a picture gets the answer in a folder that it gets alone; a broken one is told."""
 
+import dataclasses
 import json
+import struct
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,3 +86,36 @@ def test_parameters_stay_as_the_files_have_them_unless_asked_otherwise(model, mo
     monkeypatch.setattr(ask, "load_folder", lambda folder, dtype: given.append(dtype) or load(folder, dtype))
     found = Answering.load(model, asked)
     assert given == [read] and jnp.dtype(found.dtype) == activations
+
+
+def test_a_picture_that_cannot_be_read_is_named(model, tmp_path, capsys):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+    (tmp_path / "vast.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    Image.fromarray(np.full((30, 30), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "deep.png").read_bytes()[:60])
+    for name, words in (("vast.png", "far more than"), ("deep.png", "16"), ("cut.png", "picture")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--model", str(model), "read", "--image", str(tmp_path / name)])
+        told = capsys.readouterr().err
+        assert stopped.value.code == 2 and str(tmp_path / name) in told and words in told, told
+
+
+def test_a_prompt_that_is_too_long_is_its_picture_s_fault_alone(model, pictures):
+    answering = Answering.load(model, max_new_tokens=4)
+    lengths = [len(answering.prompt("read", [(pictures / n).read_bytes()]).tokens_L) for n in ("b.png", "d.JPG")]
+    assert lengths[0] < lengths[1]
+    text = dataclasses.replace(answering.config.text, max_positions=lengths[0] + 4)
+    answering = dataclasses.replace(answering, config=dataclasses.replace(answering.config, text=text))
+    lines = {line["image"]: line for line in answering.of_folder("read", pictures)}
+    assert "text" in lines[str(pictures / "b.png")]
+    fault = lines[str(pictures / "d.JPG")]["fault"]
+    assert "d.JPG" in fault and f"of {lengths[1]} tokens and 4 new ones exceed" in fault
+
+
+def test_a_special_token_may_be_a_stop_string(model):
+    answering = Answering.load(model, stop=("<|vision_end|>", "and"))
+    (end,) = answering.tokenizer("<|vision_end|>")["input_ids"]
+    assert answering.stop_ids == (*answering.config.stop_ids, end) and end not in answering.config.stop_ids

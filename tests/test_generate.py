@@ -1,5 +1,6 @@
 """Decoding against a forward pass over the whole row; transformers' generate is compared in tests/parity."""
 
+import dataclasses
 import re
 
 import jax
@@ -217,3 +218,21 @@ def test_the_command_names_what_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--model", str(tmp_path), "hello"])
     assert stopped.value.code == 2 and "config.json is missing" in capsys.readouterr().err
+
+
+def test_wrong_settings_of_decoding_are_told(params):
+    for settings, words in (
+        ({"temperature": -0.5}, "temperature=-0.5; expected 0"),
+        ({"temperature": float("nan")}, "temperature=nan; expected 0"),
+        ({"seed": 2**64}, f"seed={2**64}; expected 0 to"),
+        ({"max_new_tokens": -3}, "max_new_tokens=-3; expected 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            generate(params, CONFIG, PROMPTS[:1], **({"max_new_tokens": 2} | settings))
+
+
+def test_features_of_any_number_of_patches():
+    config = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, merge_size=3))
+    prompt = Prompt([5, START, *[IMAGE] * 4, END, 7], picture((1, 6, 6), 0), ((1, 6, 6),))
+    (new,) = generate(init_params(config, jax.random.key(0)), config, [prompt], 3)
+    assert len(new) == 3

@@ -113,7 +113,7 @@ def open_image(image: Image.Image | bytes) -> Image.Image:
         return drawn.draw(image)
     try:
         return Image.open(io.BytesIO(image), formats=PICTURE_FORMATS)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{len(image)} bytes beginning with {image[:8]!r} are no picture that Pillow reads; "
             f"expected PNG or JPEG: {error}"
