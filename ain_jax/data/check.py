@@ -154,14 +154,27 @@ def _stage(run: "StageRun", wanted: Sequence[str], asked: argparse.Namespace, wh
         try:
             rows = run.training_rows(prefer.answers(run))
             names = list(wanted) if parts == 1 else [f"{name}@{p}" for p in range(parts) for name in wanted]
-            mixture = pack_plan.table_text(
-                pack_plan.table(rows.plan, dict(zip(names, rows.sources, strict=True)), run.get(Mixture))
-            )
+            lines = pack_plan.table(rows.plan, dict(zip(names, rows.sources, strict=True)), run.get(Mixture))
+            mixture = pack_plan.table_text(lines)
+            drawn = Counter({line["source"]: 0 for line in lines})
+            for line in lines:
+                drawn[line["source"]] += line["drawn"]
+            sources = [report if drawn[report.name] else _never_drawn(report, rows, packing) for report in sources]
             row = check_rows.row(rows, names, check_rows.chosen(len(rows), 1, run.seed("check"))[0])
         except ValueError as fault:
             stops.append(str(fault))
     images = run.images if packing.row_patches else None
     return StageReport(run.stage, packing.row_tokens, sources, row, stops, images, mixture)
+
+
+def _never_drawn(report: "SourceReport", rows: Any, packing: Any) -> "SourceReport":
+    """The report of a source of the mixture that no row of the plan holds, with that as a fault."""
+    from ain_jax.data import check_faults
+
+    found = check_faults.Found(report.name)
+    told = f"no example of it stands in the {len(rows):,} rows of the stage"
+    found.add("never drawn", f"{told}: train for more steps, or lower Packing.window = {packing.window}")
+    return dataclasses.replace(report, faults=(*report.faults, *found.faults))
 
 
 def _source(

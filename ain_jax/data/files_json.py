@@ -54,7 +54,7 @@ def json_rows(path: str, start: int = 0, stop: int = -1, first: int = 0) -> Iter
 
 def blocks_from(path: str, start: int, stop: int = -1) -> Iterator[bytes]:
     """As `blocks`, but `start` counts decompressed bytes."""
-    if not path.endswith(COMPRESSED):
+    if not path.lower().endswith(COMPRESSED):
         yield from blocks(path, start, stop)
         return
     for block in blocks(path):

@@ -47,7 +47,7 @@ def _members(path: str, start: int, stop: int) -> Iterator[tuple[tarfile.TarFile
                 told.append(error)
                 raise
 
-    compressed = path.endswith((*COMPRESSED, ".tgz"))
+    compressed = path.lower().endswith((*COMPRESSED, ".tgz"))
     file = cast(IO[bytes], _Stream(blocks(path))) if compressed else open_binary(path)
     try:
         if start:

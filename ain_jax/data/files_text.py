@@ -52,7 +52,7 @@ def open_binary(path: str) -> IO[bytes]:
 
 def blocks(path: str, start: int = 0, stop: int = -1) -> Iterator[bytes]:
     """The file's bytes from `start` to `stop` (-1: the end), decompressed if its name says so."""
-    suffix = os.path.splitext(path)[1]
+    suffix = os.path.splitext(path)[1].lower()
     new: Callable[[], Any] | None = {
         ".gz": functools.partial(zlib.decompressobj, 31),
         ".tgz": functools.partial(zlib.decompressobj, 31),

@@ -34,6 +34,11 @@ def ask(values: Mapping[str, Any], draft: Draft) -> None:
             draft.say("user", pair[0])
             draft.say("assistant", pair[1])
     question = text(values, ASKED, draft)
+    for name in ASKED:  # one that repeats the other says nothing more: the whole prompt beside its instruction
+        other = values.get(name)
+        if isinstance(other, str) and not (other.strip() in question or question.strip() in other):
+            told = f"{first(values, ASKED)} and {name} hold different questions"
+            draft.found.append(f"{told}; join them in one column, or leave one out")
     more = text(values, ("input", "context"), draft, needed=False)
     draft.say("user", f"{question}\n{more}" if more.strip() else question)
 

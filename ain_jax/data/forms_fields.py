@@ -75,8 +75,15 @@ class Draft:
 
 
 def first(values: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The first of the names that the row has a value for, or ""."""
-    return next((name for name in names if values.get(name) is not None), "")
+    """The first of the names that the row has a value for, or "". A blank text or an empty list yields to a value."""
+    given = [name for name in names if values.get(name) is not None]
+    return next((name for name in given if not _blank(values[name])), given[0] if given else "")
+
+
+def _blank(value: Any) -> bool:
+    return not (value.strip() if isinstance(value, str) else value) and isinstance(
+        value, str | bytes | list | tuple | Mapping
+    )
 
 
 def text(values: Mapping[str, Any], names: Sequence[str], draft: Draft, needed: bool = True) -> str:
@@ -163,6 +170,9 @@ def message(turn: Any, where: str, draft: Draft) -> Said | None:
     if known is None:
         expected = ", ".join(ROLES)
         draft.found.append(f"{where}: role {short(role)}; expected {keys[0]!r} to be one of {expected}")
+        return None
+    if keys[1] not in turn and not turn.get("tool_calls"):
+        draft.found.append(f"{where}: no {keys[1]!r} beside {keys[0]!r}; the turn holds {', '.join(map(str, turn))}")
         return None
     if turn.get("weight") in (0, 0.0) and known == "assistant":
         draft.found.append(f"{where}: weight 0 is not read; which turns are learnt is a setting of the template")

@@ -6,7 +6,7 @@ from typing import Any
 from ain_jax.data.files_text import short
 from ain_jax.data.formats import IMAGE, VIDEO
 from ain_jax.data.forms_chat import ANSWER, ASKED, CONVERSATION, ask, read_alpaca, read_chat
-from ain_jax.data.forms_fields import Draft, end, first, message, rows_of, system, text, turns
+from ain_jax.data.forms_fields import Draft, Said, end, first, message, rows_of, system, text, turns
 
 BETTER = ("chosen", "accepted")
 TRUE, FALSE = ("true", "1", "good", "yes", "desirable"), ("false", "0", "bad", "no", "undesirable")
@@ -31,13 +31,25 @@ def read_preference(values: Mapping[str, Any], draft: Draft) -> None:
         draft.found.append(f"{told}; expected them to differ in the last answer alone")
         return
     question = _question(values, draft)
-    context = [(role, words) for role, words in better[:shared] if words.strip()]
-    if not (question and draft.turns):  # else the answers repeat what `prompt` says
-        for role, words in context:
-            draft.say(role, words)
-    elif context and [w.strip() for r, w in context if r == "user"][-1:] != [draft.turns[-1][1].strip()]:
-        draft.found.append("the turns before the answers differ from the prompt; keep one")
-    for name, (role, words) in (("chosen", better[-1]), ("rejected", worse[-1])):
+    context = Draft()
+    for said in better[:shared]:
+        if said[1].strip():
+            context.say(*said)
+    if not (question and draft.turns):
+        _take(context, draft)
+    elif context.turns:  # the answers repeat what `prompt` says, or its end
+        (system_here, here), (system_there, there) = map(_talk, (draft, context))
+        longest = min(len(here), len(there))
+        if here[-longest:] != there[-longest:] or (system_here and system_there and system_here != system_there):
+            draft.found.append("the turns before the answers differ from the prompt; keep one")
+        elif len(there) > len(here) or (system_there and not system_here):
+            if system_here and not system_there:
+                context.turns.insert(0, draft.turns[0])
+            if len(here) > len(there):
+                draft.turns.insert(0, context.turns[0])
+            else:
+                _take(context, draft)
+    for name, (role, words, *_) in (("chosen", better[-1]), ("rejected", worse[-1])):
         if role != "assistant":
             draft.found.append(f"{name} ends with a turn of the {role}; expected an answer")
         if not words.strip():
@@ -50,7 +62,17 @@ def read_preference(values: Mapping[str, Any], draft: Draft) -> None:
     draft.rejected = worse[-1][1]
 
 
-def _answer(values: Mapping[str, Any], names: tuple[str, ...], draft: Draft) -> list[tuple[str, str]] | None:
+def _talk(draft: Draft) -> tuple[str, list[tuple[str, str]]]:
+    """(system text, the turns behind it), without blanks around them."""
+    told = [(role, words.strip()) for role, words in draft.turns]
+    return (told[0][1], told[1:]) if told[:1] and told[0][0] == "system" else ("", told)
+
+
+def _take(context: Draft, draft: Draft) -> None:
+    draft.turns, draft.images, draft.videos = context.turns, context.images, context.videos
+
+
+def _answer(values: Mapping[str, Any], names: tuple[str, ...], draft: Draft) -> list[Said] | None:
     """The turns of an answer, the answer itself last."""
     name = first(values, names)
     value = values.get(name)
@@ -58,11 +80,11 @@ def _answer(values: Mapping[str, Any], names: tuple[str, ...], draft: Draft) -> 
         draft.found.append(f"no {' or '.join(names)}")
         return None
     if isinstance(value, str):
-        return [("assistant", value)]
+        return [("assistant", value, [], [])]
     if isinstance(value, Mapping) and not all(isinstance(column, list) for column in value.values()):
         value = [value]
     said = [message(turn, f"{name}[{i}]", draft) for i, turn in enumerate(rows_of(value, name, draft))]
-    kept = [(turn[0], turn[1]) for turn in said if turn is not None]
+    kept = [turn for turn in said if turn is not None]
     for turn in said:
         if turn is not None and any(isinstance(media, list) and media for media in turn[2:]) and turn[0] != "user":
             draft.found.append(f'{name} holds "{IMAGE}" or "{VIDEO}"; an answer cannot hold a picture')

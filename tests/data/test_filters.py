@@ -98,6 +98,7 @@ def test_a_source_leaves_out_and_does_not_call_it_bad(tmp_path, workers):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
+        ({"languages": {"a": "arabix"}}, "languages\\['a'\\] = 'arabix': expected a code of two or three letters; did"),
         ({"answers_in": {"a": "arabix"}}, "answers_in\\['a'\\] = 'arabix': no language of that code; did you mean"),
         ({"systems": {"a": "none"}}, "systems\\['a'\\] = 'none': expected one of 'keep', 'drop', 'own'"),
         ({"repeated": {"a": "yes"}}, "repeated\\['a'\\] = 'yes': expected one of 'keep', 'drop'"),

@@ -446,3 +446,56 @@ def test_the_columns_of_a_form():
     assert "chosen" not in columns("alpaca")
     assert {"ar", "eng_Latn"} <= columns("parallel", ("ar", "eng_Latn", "score"))
     assert "score" not in columns("parallel", ("ar", "eng_Latn", "score"))
+
+
+def test_a_prompt_that_repeats_the_end_of_the_conversation_loses_none_of_it(folder):
+    talk = chat(("system", "In Arabic."), ("user", "In summer?"), ("assistant", "Hot."), ("user", "In winter?"))
+    answers = {
+        "chosen": talk + chat(("assistant", "Mild.")),
+        "rejected": talk + chat(("assistant", "Purple.")),
+    }
+    expected = tuple(Message(turn["role"], turn["content"]) for turn in answers["chosen"])
+    for asked in ("In winter?", talk[1:], talk[3:], talk):
+        assert record(answers | {"prompt": asked}, "preference").messages == expected, asked
+    own = {"system": "In Arabic.", "prompt": "In winter?"}
+    short = {"chosen": answers["chosen"][3:], "rejected": answers["rejected"][3:]}
+    assert record(own | short, "preference").messages == (expected[0], *expected[3:])
+    longer = {"chosen": answers["chosen"][1:], "rejected": answers["rejected"][1:]}
+    assert record(own | longer, "preference").messages == expected
+    differs = answers | {
+        "prompt": talk[:1] + chat(("user", "In autumn?"), ("assistant", "Hot."), ("user", "In winter?"))
+    }
+    assert "the turns before the answers differ from the prompt" in told(differs, "preference")
+    assert "differ from the prompt" in told(answers | {"system": "In English.", "prompt": "In winter?"}, "preference")
+
+
+def test_pairs_show_the_pictures_of_their_own_turns(folder):
+    def asked(name):
+        shown = {"type": "image", "image": f"pictures/{name}"}
+        return [{"role": "user", "content": [shown, {"type": "text", "text": "What?"}]}]
+
+    answers = {name: asked("cat.png") + chat(("assistant", name)) for name in ("chosen", "rejected")}
+    assert record(answers, "preference", folder).images == (CAT,)
+    assert record(answers | {"prompt": asked("cat.png")}, "preference", folder).images == (CAT,)
+    other = answers | {"rejected": asked("dog.jpg") + chat(("assistant", "rejected"))}
+    assert "expected them to differ in the last answer alone" in told(other, "preference", folder)
+
+
+def test_an_empty_column_hides_no_filled_one(folder):
+    values = {"instruction": "Q", "input": "", "context": "A passage", "output": "A"}
+    assert record(values).messages[0].content == "Q\nA passage"
+    values = {"images": [], "image": "pictures/cat.png", "messages": chat(("user", "<image>Hi"), ("assistant", "Yes"))}
+    assert record(values, folder=folder).images == (CAT,)
+    assert "output is empty" in told({"instruction": "Q", "output": " ", "answer": ""}, "alpaca")
+
+
+def test_two_questions_in_one_row_are_refused():
+    values = {"instruction": "Answer the question.", "question": "What is 1 + 1?", "answer": "2"}
+    assert "instruction and question hold different questions; join them" in told(values, "alpaca")
+    whole = {"instruction": "Add 1.", "prompt": "Below is a task.\nAdd 1.\nResponse:", "output": "2"}
+    assert record(whole, "alpaca").messages[0].content == "Add 1."
+
+
+def test_a_turn_without_its_words_names_what_it_holds():
+    values = {"messages": [{"role": "user", "text": "Hi"}, {"role": "assistant", "content": "Yes"}]}
+    assert "messages[0]: no 'content' beside 'role'; the turn holds role, text" in told(values, "messages")

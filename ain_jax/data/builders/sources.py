@@ -1,5 +1,6 @@
 """The settings that name a user's files."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from ain_jax.data.forms_video import Sampling
 from ain_jax.data.languages import CODES, language_code
 from ain_jax.experiment import nearest
 
+CODE = re.compile("[a-z]{2,3}(-[a-z0-9]+)*")
 NAMED = ("origins", "forms", "languages", "images", "ids", "held_out", "answers_in", "systems", "repeated", "most")
 
 
@@ -68,6 +70,10 @@ class Sources:
             if language_code(language) not in CODES:
                 hint = nearest(language, list(CODES))
                 found.append(f"answers_in[{name!r}] = {language!r}: no language of that code; {hint}")
+        for name, language in self.languages.items():
+            if not CODE.fullmatch(language_code(language)):  # any of ISO 639, not those alone that we know by name
+                hint = nearest(language, list(CODES))
+                found.append(f"languages[{name!r}] = {language!r}: expected a code of two or three letters; {hint}")
         for name, share in self.held_out.items():
             if not 0 <= share < 1:
                 found.append(f"held_out[{name!r}] = {share}: expected a share from 0 to below 1")
