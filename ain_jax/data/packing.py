@@ -48,12 +48,16 @@ class Packing:
         return np.array([self.row_tokens, self.row_patches, self.row_targets or self.row_tokens], np.int64)
 
 
+WAITED = 0.02  # of a row: what a window of waiting weighs
+
+
 def pack(sizes: Iterable[Sequence[int]], packing: Packing) -> Iterator[list[int]]:
     """Rows, each the numbers of the examples in it, in a fixed order, without end if `sizes` has none.
 
     `sizes` gives (tokens, patches, targets) of each example. Best-fit decreasing over a window: the largest waiting
     example opens or joins the fullest row that still holds it. The emptier half of the rows is given back to wait,
-    so that only the very last rows of a finite list are poorly filled.
+    so that only the very last rows of a finite list are poorly filled. A row counts as fuller for each window that its
+    oldest example has waited, so that none waits for ever and every source comes in its share.
 
     >>> list(pack([(5, 0, 5), (4, 0, 4), (3, 0, 3)], Packing(row_tokens=8, window=3)))
     [[0, 2], [1]]
@@ -67,6 +71,8 @@ def packed(sizes: Iterable[Sequence[int]], packing: Packing) -> Iterator[tuple[l
     tokens, patches, targets = budgets = tuple(packing.budgets.tolist())
     scale = tuple(max(budget, 1) for budget in budgets)
     waiting: list[tuple[int, int, int, int]] = []
+    came: dict[int, int] = {}  # which window each that waits came in
+    windows = 0
     stream = enumerate(sizes)
     ended = False
     while not ended or waiting:
@@ -82,15 +88,22 @@ def packed(sizes: Iterable[Sequence[int]], packing: Packing) -> Iterator[tuple[l
                     f"holds {tokens}, {patches} and {targets}: raise Packing's budget, or leave it out"
                 )
             waiting.append((number, t, p, g))
+            came[number] = windows
         if not waiting:
             return
         rows = _best_fit_decreasing(np.array(waiting, np.int64), budgets, scale, packing.text_batches)
         if not ended:
-            filled = [max((b - left) / s for b, left, s in zip(budgets, room, scale, strict=True)) for room, _ in rows]
-            fullest = sorted(range(len(rows)), key=lambda r: -filled[r])[: max(1, (len(rows) + 1) // 2)]
+            merits = [
+                max((b - left) / s for b, left, s in zip(budgets, room, scale, strict=True))
+                + WAITED * (windows - min(came[number] for number in row))
+                for room, row in rows
+            ]
+            fullest = sorted(range(len(rows)), key=lambda r: -merits[r])[: max(1, (len(rows) + 1) // 2)]
             rows = [rows[r] for r in sorted(fullest)]
         taken = {number for _, row in rows for number in row}
         waiting = [item for item in waiting if item[0] not in taken]
+        came = {item[0]: came[item[0]] for item in waiting}
+        windows += 1
         # In the order of their oldest example, so that a row of large ones does not always come first.
         yield from sorted(((sorted(row), patches - room[1]) for room, row in rows), key=lambda made: made[0][0])
 

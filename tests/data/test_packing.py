@@ -176,3 +176,10 @@ def test_with_text_batches_pictures_take_few_rows():
     items = [(6, 4, 3), (10, 0, 2), (6, 4, 3), (10, 0, 2)]
     patches_of = lambda together: [p for _, p in packed(items, Packing(16, 16, text_batches=together))]
     assert patches_of(False) == [4, 4] and patches_of(True) == [8, 0, 0]
+
+
+def test_no_example_waits_for_ever():
+    # Two of 16 fill a row, and one of 9 fills none: its row is the emptiest of every window.
+    endless = itertools.chain([(9, 0, 9)], itertools.repeat((16, 0, 16)))
+    rows = list(itertools.islice(pack(endless, Packing(row_tokens=32, window=16)), 100))
+    assert any(0 in row for row in rows) and sum(len(row) == 2 for row in rows) == 100
