@@ -244,6 +244,8 @@ def documents(path: str, start: int = 0, stop: int = -1, first: int = 0) -> Iter
 
 
 def _text(data: bytes) -> tuple[dict[str, Any] | None, str]:
+    if b"\0" in data:
+        return None, "NUL characters in the text; if the file is in UTF-16, save it as UTF-8"
     try:
         return {"text": data.decode("utf-8").replace("\r\n", "\n").strip("\r\n")}, ""
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ain_jax.data.formats import Record
+from ain_jax.data.formats import IMAGE, VIDEO, Record
 from ain_jax.data.languages import language_code
 
 Systems = Literal["keep", "drop", "own"]
@@ -71,6 +71,8 @@ def apply(record: Record, filters: Filters) -> Record:
     if first and first[0].role == "system":
         foreign = share_in(first[0].content, wanted or record.language) < ENOUGH
         if filters.systems == "drop" or (filters.systems == "own" and foreign):
+            if IMAGE in first[0].content or VIDEO in first[0].content:
+                raise ValueError("the system text that Sources.systems drops shows a picture or a video")
             record = replace(record, messages=record.messages[1:])
     return record
 

@@ -24,7 +24,7 @@ from ain_jax.data.formats import IMAGE, VIDEO, Message, Record, faults
 from ain_jax.data.forms_chat import ANSWER, ASKED, CONVERSATION, read_alpaca, read_chat, read_instar, read_llava
 from ain_jax.data.forms_fields import IDS, IMAGES, LANGUAGES, NEXT, VIDEOS, Draft, first, identity, language_of
 from ain_jax.data.forms_media import picture, video
-from ain_jax.data.forms_preference import BETTER, read_kto, read_preference
+from ain_jax.data.forms_preference import BETTER, is_verdict, read_kto, read_preference
 from ain_jax.data.forms_text import (
     CAPTION,
     SIDE_LANGUAGES,
@@ -105,7 +105,9 @@ def _fits(keys: set[str], values: Mapping[str, Any]) -> dict[str, bool]:
     talks = bool(keys & {"conversations", "conversation"})
     messages = bool(keys & {"messages", "dialog", "dialogue"})
     label = isinstance(values.get("label"), bool | int | str)
-    verdict = "kto_tag" in keys or (label and ({"prompt", "completion"} <= keys or talks or messages))
+    # Beside a conversation a label may be anything, a topic too.
+    judges = label and is_verdict(values.get("label")) and (talks or messages)
+    verdict = "kto_tag" in keys or judges or (label and {"prompt", "completion"} <= keys)
     judged = ours or pair or verdict
     chat = talks or messages
     llava = bool(keys & {"image", "video"}) or (MEMBERS in keys and "images" not in keys)

@@ -110,14 +110,21 @@ def _question(values: Mapping[str, Any], draft: Draft) -> bool:
     return True
 
 
+def is_verdict(value: Any) -> bool:
+    """Whether a value says good or bad: true, 0, "desirable" ..."""
+    return _word(value) in (*TRUE, *FALSE)
+
+
+def _word(value: Any) -> str:
+    return str(value).strip().lower().removesuffix(".0") if isinstance(value, bool | int | float | str) else ""
+
+
 def read_kto(values: Mapping[str, Any], draft: Draft) -> None:
     """A question and an answer, or a conversation; `label` or `kto_tag` says whether the last answer is a good one."""
     name = first(values, ("kto_tag", "label"))
     verdict = values.get(name)
-    word = str(verdict).strip().lower() if isinstance(verdict, bool | int | float | str) else ""
-    word = word.removesuffix(".0")
-    if word in (*TRUE, *FALSE):
-        draft.desirable = word in TRUE
+    if is_verdict(verdict):
+        draft.desirable = _word(verdict) in TRUE
     else:
         draft.found.append(f"{name or 'label'} = {short(verdict)}: expected true or false")
     prompt, answer = values.get("prompt"), values.get("completion")

@@ -225,6 +225,17 @@ def test_a_sound_experiment_passes_and_one_with_faults_does_not(tmp_path, base, 
     assert "identical rows, 1" in text and ">&lt;" in text
 
 
+def test_a_source_that_no_row_holds_is_a_fault(tmp_path, base, capsys):
+    for name in ("often", "never"):
+        lines(tmp_path / f"{name}.jsonl", (f"ما هذا {name}؟", "كتاب قديم"))
+    path = experiment(tmp_path, base, "often", "never")
+    rare = ["--set", 'instruct/Mixture.weights = {"often": 1.0, "never": 0.0001}']
+    assert check.main([path, "--run_dir", str(tmp_path / "run"), *rare]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "never drawn, 1" in told and "no example of it stands in the 2 rows of the stage" in told
+    assert "1 fault found" in told
+
+
 @pytest.mark.parametrize(
     "options, told",
     [

@@ -69,8 +69,13 @@ WRITERS = {
     "a.arrow": arrow,
     "a.tar": samples,
 }
-NAMES = [*WRITERS, *(f"{n}.{z}" for n in ("a.jsonl", "a.json", "a.txt", "a.tar") for z in ("gz", "zst")), "a.tgz"]
-PACK = {".gz": gzip.compress, ".tgz": gzip.compress, ".zst": zstandard.compress}
+NAMES = [
+    *WRITERS,
+    *(f"{n}.{z}" for n in ("a.jsonl", "a.json", "a.txt", "a.tar") for z in ("gz", "zst")),
+    "a.tgz",
+    "a.json.GZ",
+]
+PACK = {".gz": gzip.compress, ".GZ": gzip.compress, ".tgz": gzip.compress, ".zst": zstandard.compress}
 
 
 def write(folder, name, values=VALUES) -> str:
@@ -422,3 +427,9 @@ def test_the_mark_changes_with_the_files(tmp_path, monkeypatch):
     os.utime(path, ns=(2, 2))
     marks.append(mark([path]))
     assert len(set(marks)) == 6
+
+
+def test_utf_16_without_its_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("هذا كتاب\nand more\n".encode("utf-16-le"))
+    found = read(str(tmp_path / "a.txt"))
+    assert all(row.values is None and "if the file is in UTF-16, save it as UTF-8" in row.fault for row in found[:2])

@@ -109,3 +109,8 @@ def test_a_source_leaves_out_and_does_not_call_it_bad(tmp_path, workers):
 def test_what_cannot_be_is_told(setting, words):
     with pytest.raises(ValueError, match=words):
         Sources(files={"a": "a.jsonl"}, **setting)
+
+
+def test_a_system_text_with_a_picture_is_not_dropped_in_silence():
+    with pytest.raises(ValueError, match="the system text that Sources.systems drops shows a picture"):
+        filters.apply(talk("نعم", "<image> Look."), Filters(systems="drop"))

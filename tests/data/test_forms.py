@@ -499,3 +499,9 @@ def test_two_questions_in_one_row_are_refused():
 def test_a_turn_without_its_words_names_what_it_holds():
     values = {"messages": [{"role": "user", "text": "Hi"}, {"role": "assistant", "content": "Yes"}]}
     assert "messages[0]: no 'content' beside 'role'; the turn holds role, text" in told(values, "messages")
+
+
+def test_a_label_beside_a_conversation_is_a_verdict_where_it_says_one():
+    assert detect({"messages": PROMPT, "label": "sports"}) == "messages"
+    assert detect({"messages": PROMPT, "label": "Good"}) == detect({"messages": PROMPT, "label": 0}) == "kto"
+    assert detect({"prompt": "Hi", "completion": "Yes", "label": "odd"}) == "kto"
