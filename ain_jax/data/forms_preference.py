@@ -31,13 +31,12 @@ def read_preference(values: Mapping[str, Any], draft: Draft) -> None:
         draft.found.append(f"{told}; expected them to differ in the last answer alone")
         return
     question = _question(values, draft)
-    context = Draft()
+    # Without a question of its own the row has a system text at most: the turns before the answers follow it.
+    context = Draft() if question and draft.turns else draft
     for said in better[:shared]:
         if said[1].strip():
             context.say(*said)
-    if not (question and draft.turns):
-        _take(context, draft)
-    elif context.turns:  # the answers repeat what `prompt` says, or its end
+    if context is not draft and context.turns:  # the answers repeat what `prompt` says, or its end
         (system_here, here), (system_there, there) = map(_talk, (draft, context))
         longest = min(len(here), len(there))
         if here[-longest:] != there[-longest:] or (system_here and system_there and system_here != system_there):
@@ -48,7 +47,7 @@ def read_preference(values: Mapping[str, Any], draft: Draft) -> None:
             if len(here) > len(there):
                 draft.turns.insert(0, context.turns[0])
             else:
-                _take(context, draft)
+                draft.turns, draft.images, draft.videos = context.turns, context.images, context.videos
     for name, (role, words, *_) in (("chosen", better[-1]), ("rejected", worse[-1])):
         if role != "assistant":
             draft.found.append(f"{name} ends with a turn of the {role}; expected an answer")
@@ -66,10 +65,6 @@ def _talk(draft: Draft) -> tuple[str, list[tuple[str, str]]]:
     """(system text, the turns behind it), without blanks around them."""
     told = [(role, words.strip()) for role, words in draft.turns]
     return (told[0][1], told[1:]) if told[:1] and told[0][0] == "system" else ("", told)
-
-
-def _take(context: Draft, draft: Draft) -> None:
-    draft.turns, draft.images, draft.videos = context.turns, context.images, context.videos
 
 
 def _answer(values: Mapping[str, Any], names: tuple[str, ...], draft: Draft) -> list[Said] | None:

@@ -460,6 +460,7 @@ def test_a_prompt_that_repeats_the_end_of_the_conversation_loses_none_of_it(fold
     own = {"system": "In Arabic.", "prompt": "In winter?"}
     short = {"chosen": answers["chosen"][3:], "rejected": answers["rejected"][3:]}
     assert record(own | short, "preference").messages == (expected[0], *expected[3:])
+    assert record({"system": "In Arabic."} | short, "preference").messages == (expected[0], *expected[3:])
     longer = {"chosen": answers["chosen"][1:], "rejected": answers["rejected"][1:]}
     assert record(own | longer, "preference").messages == expected
     differs = answers | {
